@@ -1,0 +1,51 @@
+"""What a recipe says of data and tokenizer, as validated objects. Imports pydantic alone, so that recipes check fast."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every recipe section: unknown keys and implicit conversions are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class SourceSettings(Section):
+    """One text source: `stdlib`, a local .jsonl/.json/.parquet/.txt file, glob or folder, or `load_dataset` arguments."""
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+    text_column: str = "text"
+    weight: float = Field(default=1.0, gt=0)
+    max_documents: int | None = Field(default=None, ge=1)
+
+
+class TokenizerSettings(Section):
+    """Exactly one of `from` (any Hugging Face tokenizer) and `train_bpe` (vocabulary size of a byte-level BPE)."""
+
+    from_: str | None = Field(default=None, alias="from")
+    revision: str | None = None
+    train_bpe: int | None = Field(default=None, ge=260)
+    add_bos: bool = True
+    add_eos: bool = True
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TokenizerSettings":
+        if (self.from_ is None) == (self.train_bpe is None):
+            raise ValueError("give exactly one of 'from' (a tokenizer to load) and 'train_bpe' (a vocabulary size)")
+        return self
+
+
+class DataSettings(Section):
+    """Sources, packing and the held-out share."""
+
+    seq_len: int = Field(ge=8)
+    sources: list[SourceSettings] = Field(default_factory=lambda: [SourceSettings(path="stdlib")], min_length=1)
+    packing: str = "best_fit"
+    isolate_documents: bool = True
+    validation: float = Field(default=0.005, ge=0, lt=1)
+    seed: int = 42
+    num_proc: int | None = Field(default=None, ge=1)
+    cache_dir: str | None = None
