@@ -1,0 +1,244 @@
+"""The `training:` section: transformers.TrainingArguments, verbatim, plus our own few settings.
+
+Names and types are read from the installed transformers' source without importing it, so that a recipe is checked in milliseconds and against
+the version that will run it. Ranges, and what a recipe may not set, are ours.
+"""
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field, create_model
+
+from ..data.settings import Section
+
+# Arguments that we set unless the recipe does; everything else that matters stands in the recipe itself.
+DEFAULTS: dict[str, Any] = {
+    # 500 upstream: a short run would log nothing.
+    "logging_steps": 10,
+    # True upstream: a NaN loss would be logged as 0.0.
+    "logging_nan_inf_filter": False,
+    # None upstream: every checkpoint is kept until the disk is full.
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+
+RANGES: dict[str, tuple[Any, ...]] = {
+    "adam_beta1": (Ge(0), Lt(1)),
+    "adam_beta2": (Ge(0), Lt(1)),
+    "adam_epsilon": (Gt(0),),
+    "data_seed": (Ge(0), Lt(2**32)),
+    "dataloader_prefetch_factor": (Ge(1),),
+    "ddp_timeout": (Ge(1),),
+    "gradient_accumulation_steps": (Ge(1),),
+    "learning_rate": (Gt(0),),
+    "logging_steps": (Gt(0),),
+    "max_steps": (Ge(1),),
+    "num_train_epochs": (Gt(0),),
+    "per_device_eval_batch_size": (Ge(1),),
+    "per_device_train_batch_size": (Ge(1),),
+    "save_steps": (Gt(0),),
+    "save_total_limit": (Ge(1),),
+    "seed": (Ge(0), Lt(2**32)),
+    "torch_empty_cache_steps": (Ge(1),),
+    "weight_decay": (Ge(0), Le(1)),
+}
+
+# Narrower than upstream, where a wrong value is found late or does something that we promise never to do.
+TYPES: dict[str, Any] = {
+    # Upstream annotates a string, deprecates it, and documents `fsdp: true`.
+    "fsdp": bool,
+    "log_level": Literal["debug", "info", "warning", "error", "critical", "passive"],
+    "log_level_replica": Literal["debug", "info", "warning", "error", "critical", "passive"],
+    "lr_scheduler_kwargs": dict[str, Any],
+    "logging_nan_inf_filter": Literal[False],
+    "report_to": Literal["none", "tensorboard", "wandb"] | list[Literal["tensorboard", "wandb"]],
+    "save_strategy": Literal["no", "steps", "epoch"],
+}
+
+EXAMPLES: dict[str, Any] = {"learning_rate": "3e-4", "adam_epsilon": "1e-8", "warmup_steps": "100"}
+
+_OWN_EVALUATION = "evaluation is token-weighted and planned by the section 'eval:' (eval.every, eval.max_rows)"
+_OWN_ROWS = "rows are packed by the section 'data:' and all have the same length and columns"
+_OWN_PUSH = "training never uploads; upload the finished folder with `hf upload REPO RUN/final`"
+
+REFUSED: dict[str, str] = {
+    "output_dir": "the run folder is run.root/run.name",
+    "run_name": "it is run.name",
+    "remove_unused_columns": _OWN_ROWS,
+    "label_names": _OWN_ROWS,
+    "train_sampling_strategy": _OWN_ROWS,
+    "length_column_name": _OWN_ROWS,
+    "group_by_length": _OWN_ROWS,
+    "auto_find_batch_size": "it would change the global batch, and with it the run, without a word",
+    "label_smoothing_factor": "the loss is plain cross entropy per token",
+    "use_cache": "training never caches keys; the saved configuration has use_cache: true",
+    "use_liger_kernel": "Liger does not know this model and would be ignored",
+    "liger_kernel_config": "Liger does not know this model and would be ignored",
+    "include_num_input_tokens_seen": "tokens are always counted and logged",
+    "enable_jit_checkpoint": "signals are handled by the trainer itself",
+    "parallelism_config": "the launcher's configuration file says how to distribute",
+    "local_rank": "the launcher (accelerate, torchrun, deepspeed) sets it",
+    "do_train": "the command says what is done",
+    "do_eval": "the command says what is done",
+    "do_predict": "the command says what is done",
+    "load_best_model_at_end": "final/ holds the last step; checkpoints/ keeps the others",
+    "metric_for_best_model": "final/ holds the last step",
+    "greater_is_better": "final/ holds the last step",
+    "trackio_space_id": "report_to knows tensorboard and wandb",
+    "trackio_bucket_id": "report_to knows tensorboard and wandb",
+    "trackio_static_space_id": "report_to knows tensorboard and wandb",
+} | {
+    name: _OWN_EVALUATION
+    for name in "eval_strategy eval_steps eval_delay eval_on_start evaluation_strategy prediction_loss_only include_for_metrics"
+    " batch_eval_metrics eval_do_concat_batches eval_use_gather_object eval_accumulation_steps".split()
+}
+REFUSED |= {
+    name: _OWN_PUSH
+    for name in "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision".split()
+}
+
+# Anywhere in a recipe: it is saved in the run folder, beside what people publish.
+SECRETS: dict[str, str] = dict.fromkeys(
+    "hub_token token hf_token use_auth_token auth_token api_key wandb_api_key password".split(),
+    "a recipe is saved and shared; log in with `hf auth login` or set HF_TOKEN instead",
+) | {"trust_remote_code": "a recipe must not be able to run code from the Hub"}
+
+REMOVED: dict[str, str] = {
+    "warmup_ratio": "write training.warmup_steps, where a value below 1 is a share of all steps",
+    "overwrite_output_dir": "it is gone from transformers 5; choose another run.name",
+    "logging_dir": "it is gone from transformers 5; logs are in the run folder",
+    "include_tokens_per_second": "it is gone from transformers 5; tokens/s is always logged",
+    "save_safetensors": "it is gone from transformers 5; weights are always safetensors",
+    "no_cuda": "it is gone from transformers 5; write training.use_cpu: true",
+    "tpu_num_cores": "it is gone from transformers 5",
+    "fp16_backend": "it is gone from transformers 5; write training.fp16",
+    "half_precision_backend": "it is gone from transformers 5",
+    "past_index": "it is gone from transformers 5",
+    "torchdynamo": "it is gone from transformers 5; write training.torch_compile_backend",
+    "use_ipex": "it is gone from transformers 5",
+    "use_mps_device": "it is gone from transformers 5; the device is found by itself",
+    "jit_mode_eval": "it is gone from transformers 5",
+    "fsdp_min_num_params": "it is gone from transformers 5; write training.fsdp_config: {min_num_params: ...}",
+    "fsdp_transformer_layer_cls_to_wrap": "it is gone from transformers 5; write it inside training.fsdp_config",
+    "lr": "it is called training.learning_rate",
+    "steps": "it is called training.max_steps",
+    "batch_size": "it is called training.per_device_train_batch_size, rows per device and micro-step",
+    "clip_grad_norm": "it is called training.max_grad_norm",
+    "min_lr": "write training.lr_scheduler_kwargs: {min_lr_rate: 0.1} with lr_scheduler_type: cosine_with_min_lr",
+    "compile": "it is called training.torch_compile",
+    "mixed_precision": "write training.bf16: true",
+}
+
+
+class _OwnTrainingSettings(Section):
+    """What the trainer adds to TrainingArguments."""
+
+    max_consecutive_skips: int = Field(default=10, ge=0)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keywords for transformers.TrainingArguments: what the recipe set, and DEFAULTS."""
+        own = _OwnTrainingSettings.model_fields
+        names = (name for name in type(self).model_fields if name not in own)
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set or name in DEFAULTS}
+
+
+@cache
+def transformers_folder() -> Path:
+    """The installed transformers package, found without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("transformers is not installed: pip install hf_softpick")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _read_classes(file: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse((transformers_folder() / file).read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _members(enum: ast.ClassDef) -> tuple[str, ...]:
+    return tuple(
+        node.value.value
+        for node in enum.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+
+
+_PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "Any": Any, "dict": dict[str, Any], "list": list[Any]}
+
+
+def _type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
+    """The type that an annotation of TrainingArguments means; an enum means its values, even where upstream adds `| str`."""
+    parts = []
+    while isinstance(node, ast.BinOp):
+        parts.append(node.right)
+        node = node.left
+    parts.append(node)
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    found: Any = None
+    for part in reversed(parts):
+        if isinstance(part, ast.Name) and part.id == "str" and names & enums.keys():
+            continue
+        one = _single_type(part, enums)
+        found = one if found is None else found | one
+    return found
+
+
+def _single_type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
+    match node:
+        case ast.Constant(value=None):
+            return type(None)
+        case ast.Name(id=name) if name in _PLAIN:
+            return _PLAIN[name]
+        case ast.Name(id=name) if name in enums and _members(enums[name]):
+            return Literal[_members(enums[name])]
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return list[_type(item, enums)]
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, item])):
+            return dict[str, _type(item, enums)]
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Constant(value=value)):
+            return Literal[value]
+    return Any
+
+
+def _fields() -> dict[str, Any]:
+    classes = _read_classes("training_args.py")
+    enums = classes | _read_classes("trainer_utils.py") | _read_classes("debug_utils.py")
+    del enums["TrainingArguments"]
+    fields: dict[str, Any] = {}
+    for node in classes["TrainingArguments"].body:
+        if (
+            not isinstance(node, ast.AnnAssign)
+            or not isinstance(node.target, ast.Name)
+            or node.target.id in REFUSED | SECRETS
+        ):
+            continue
+        name = node.target.id
+        kind = TYPES.get(name) or _type(node.annotation, enums)
+        bounds = RANGES.get(name)
+        if bounds is None and {int, float} & ({kind} | set(getattr(kind, "__args__", ()))) and kind is not bool:
+            bounds = (Ge(0),)
+        example = [EXAMPLES[name]] if name in EXAMPLES else None
+        fields[name] = (_bounded(kind, bounds or ()), Field(default=DEFAULTS.get(name), examples=example))
+    return fields
+
+
+def _bounded(kind: Any, bounds: tuple[Any, ...]) -> Any:
+    """`kind` with the bounds on its numbers only, so that `float | None` still takes None."""
+    if not bounds:
+        return kind
+    if kind in (int, float):
+        return Annotated[(kind, *bounds)]
+    result: Any = None
+    for part in kind.__args__:
+        one = Annotated[(part, *bounds)] if part in (int, float) else part
+        result = one if result is None else result | one
+    return result
+
+
+TrainingSettings = create_model("TrainingSettings", __base__=_OwnTrainingSettings, __module__=__name__, **_fields())
