@@ -1,0 +1,46 @@
+# make train: a first model on this machine.   make test: everything that must hold.   Both make .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RECIPE ?= recipes/softpick_tiny.yaml
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format clean
+
+help:
+	@echo "make train    train $(RECIPE) on this machine (at most 5 minutes on 2 cores)"
+	@echo "make test     style and tests (at most 10 minutes on 2 cores)"
+	@echo "make lint     style alone;  make format mends it"
+	@echo "make clean    remove caches and builds, keep .venv and runs"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamp is written last, so an interrupted installation is repeated and a finished one costs nothing.
+$(STAMP): requirements.txt setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml -m hf_softpick.train $(RECIPE) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One thread in each worker: more would fight over the cores.
+test: lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

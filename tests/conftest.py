@@ -1,0 +1,41 @@
+"""What every test gets: no network, one torch thread in each worker, a data cache that goes away, gpu tests skipped by name."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before anything imports torch or a Hugging Face library, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_cache = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache for all workers of this run, so that a tokenizer is trained once; never the user's own."""
+    if not hasattr(config, "workerinput"):
+        config.stash[_cache] = tempfile.mkdtemp(prefix="hf_softpick_tests_")
+        os.environ["HF_SOFTPICK_CACHE"] = config.stash[_cache]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cache."""
+    if _cache in config.stash:
+        shutil.rmtree(config.stash[_cache], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, visibly, what this machine cannot run."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
