@@ -1,0 +1,148 @@
+"""A folder that either holds a whole, verified result or does not exist: lock, staging, manifest. Knows nothing of text."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hf_softpick.errors import DataError, StorageError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_BLOCK = 2**20
+_BLOCKS = 64
+
+
+def cache_root(setting: str | None) -> Path:
+    """data.cache_dir, else $HF_SOFTPICK_CACHE, else ~/.cache/hf_softpick."""
+    return Path(setting or os.environ.get("HF_SOFTPICK_CACHE") or "~/.cache/hf_softpick").expanduser()
+
+
+def fingerprint(content: Any) -> str:
+    """32 hexadecimal digits of a JSON-like value."""
+    serialized = json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(serialized).hexdigest()[:32]
+
+
+def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """The manifest of `directory`, built first if it is missing or damaged.
+
+    Of several processes that ask at once, one builds and the others wait. `build` fills a staging folder and returns what
+    the manifest should say; the folder gets its name by one rename, so a killed build leaves nothing that looks whole.
+
+    Returns:
+        The manifest, and whether this call built it.
+
+    Raises:
+        StorageError: no space or no permission to write.
+    """
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        return manifest, False
+    with _storage_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(directory):
+            manifest = read_manifest(directory)
+            if manifest is not None:
+                return manifest, False
+            for leftover in directory.parent.glob(f"{directory.name}.staging*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            staging = directory.with_name(f"{directory.name}.staging-{os.getpid()}")
+            staging.mkdir()
+            try:
+                manifest = build(staging)
+                _finish(staging, manifest)
+                if directory.exists():
+                    logger.warning("%s is damaged or incomplete and is replaced", directory)
+                    shutil.rmtree(directory)
+                os.rename(staging, directory)
+                _sync(directory.parent)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return manifest, True
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of `directory` if every file in it still is what was written, else None."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        is_whole = all(
+            (directory / name).stat().st_size == entry["bytes"] and _digest(directory / name) == entry["sample_sha256"]
+            for name, entry in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if is_whole else None
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    lock = FileLock(directory.with_name(directory.name + ".lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.warning("waiting for another process that prepares %s", directory)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _storage_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"no space left while preparing {directory}. Free some, or set data.cache_dir."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise StorageError(
+                f"{directory} cannot be written ({error}). Set data.cache_dir to a writable folder."
+            ) from error
+        raise DataError(f"preparing {directory} failed: {error}.") from error
+
+
+def _finish(staging: Path, manifest: dict[str, Any]) -> None:
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    manifest["files"] = {
+        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sample_sha256": _digest(path)}
+        for path in files
+    }
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (staging / MANIFEST, staging):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file up to 64 MiB; of a larger one 64 evenly spaced MiB with both ends, so that a start stays fast."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _BLOCK * _BLOCKS:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        for block in range(_BLOCKS):
+            file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()

@@ -1,0 +1,204 @@
+"""The whole way from data settings to packed rows on disk, done once and reused; every rank may call it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_softpick.data.cache import build_once, cache_root, fingerprint
+from hf_softpick.data.packing import RowPlan, hold_out, plan_rows
+from hf_softpick.data.settings import DataSettings, TokenizerSettings
+from hf_softpick.data.sources import Source, open_sources
+from hf_softpick.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from hf_softpick.data.tokenizing import TokenizedCorpus, tokenize
+from hf_softpick.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_softpick.data.rows import PackedRows
+
+FORMAT = 1
+"""Raise it whenever the same settings would give other rows: older caches are then rebuilt."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Packed rows, the tokenizer that made them, and the report of what became of every document."""
+
+    train: "PackedRows"
+    validation: "PackedRows | None"
+    tokenizer: "PreTrainedTokenizerFast"
+    directory: Path
+    report: dict[str, Any]
+
+    def require_rows(self, num_rows: int) -> None:
+        """Raise DataError unless there are `num_rows` training rows, one optimizer step's worth."""
+        if len(self.train) < num_rows:
+            raise DataError(
+                f"{len(self.train)} training rows of {self.report['seq_len']} tokens, but one optimizer step takes "
+                f"{num_rows}. Add data, or lower data.seq_len, the batch size or the accumulation steps. "
+                f"Of {self.report['documents']} documents, dropped: {self.report['dropped'] or 'none'}."
+            )
+
+
+def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: bool = True) -> PreparedData:
+    """Tokenize and pack the sources, or load what an earlier call with the same inputs made.
+
+    Args:
+        progress: show progress bars with the time left, in the process that does the work.
+
+    Returns:
+        Rows with columns input_ids, position_ids (int32, seq_len each) and num_tokens; train rows are shuffled.
+
+    Raises:
+        DataError: the data cannot be read or nothing usable is left of it.
+        RecipeError: an unknown kind of packing.
+        StorageError: the cache folder cannot be written.
+    """
+    sources = open_sources(data.sources)
+    if data.packing != "best_fit":
+        raise RecipeError(f"data.packing is '{data.packing}', allowed: best_fit")
+    loaded = load_tokenizer(tokenizer) if tokenizer.from_ is not None else None
+    identity = _identity(data, tokenizer, sources, loaded)
+    directory = cache_root(data.cache_dir) / f"packed-{fingerprint(identity)}"
+
+    def build(staging: Path) -> dict[str, Any]:
+        return _build(staging, data, tokenizer, sources, loaded, progress) | {"identity": identity}
+
+    manifest, is_new = build_once(directory, build)
+    return _load(directory, manifest, is_new)
+
+
+def _identity(
+    data: DataSettings, settings: TokenizerSettings, sources: list[Source], tokenizer: "PreTrainedTokenizerFast | None"
+) -> dict[str, Any]:
+    """All that the rows depend on. Not where they are kept, nor how many processes make them."""
+    identity: dict[str, Any] = {
+        "format": FORMAT,
+        "data": data.model_dump(mode="json", exclude={"cache_dir", "num_proc"}),
+        "tokenizer": settings.model_dump(mode="json", exclude={"from_", "revision"}),
+        "sources": [fingerprint([shard.identity for shard in source.shards]) for source in sources],
+    }
+    if tokenizer is not None:
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        identity["tokenizer_content"] = fingerprint([tokenizer.backend_tokenizer.to_str(), special])
+    return identity
+
+
+def _build(
+    staging: Path,
+    data: DataSettings,
+    settings: TokenizerSettings,
+    sources: list[Source],
+    tokenizer: "PreTrainedTokenizerFast | None",
+    progress: bool,
+) -> dict[str, Any]:
+    """Fill the staging folder; returns the manifest with its report."""
+    begin = time.perf_counter()
+    if tokenizer is None:
+        tokenizer = train_tokenizer(sources, settings.train_bpe)
+    save_tokenizer(tokenizer, settings, staging / "tokenizer")
+    after_tokenizer = time.perf_counter()
+    token_file = staging / "tokens.bin"
+    corpus = tokenize(sources, tokenizer, settings, token_file, data.seed, data.num_proc, progress)
+    if not len(corpus.lengths):
+        raise DataError(
+            f"no document is left of {corpus.documents} read ({_reasons(corpus.dropped)}). "
+            f"Check the sources {[source.settings.path for source in sources]} and their text_column and weight."
+        )
+    after_tokenizing = time.perf_counter()
+    is_validation = hold_out(corpus.hashes, corpus.lengths, data.validation)
+    if is_validation.all():
+        raise DataError(
+            f"data.validation={data.validation} leaves nothing to train on: there are {len(is_validation)} usable "
+            "documents, all with the same text. Add data, or set data.validation=0."
+        )
+    plans = {"train": _plan(corpus, ~is_validation, data, repeat=True)}
+    if data.validation:
+        plans["validation"] = _plan(corpus, is_validation, data, repeat=False)
+    _write(staging, plans, corpus, tokenizer, data, progress)
+    token_file.unlink()
+    report = {
+        "seq_len": data.seq_len,
+        "vocab_size": len(tokenizer),
+        "max_token_id": corpus.max_token_id,
+        "documents": corpus.documents,
+        "dropped": corpus.dropped,
+        "megabytes": round(corpus.num_bytes / 1e6, 3),
+        "tokens": int(corpus.lengths.sum()),
+        "train_documents": int((~is_validation).sum()),
+        "validation_documents": int(is_validation.sum()),
+        **{f"{split}_{key}": value for split, plan in plans.items() for key, value in _facts(plan).items()},
+        "seconds_tokenizer": round(after_tokenizer - begin, 3),
+        "seconds_tokenizing": round(after_tokenizing - after_tokenizer, 3),
+        "seconds_packing": round(time.perf_counter() - after_tokenizing, 3),
+    }
+    return {"format": FORMAT, "report": report}
+
+
+def _plan(corpus: TokenizedCorpus, chosen: np.ndarray, data: DataSettings, repeat: bool) -> RowPlan:
+    documents = np.flatnonzero(chosen)
+    if repeat:
+        documents = np.repeat(documents, corpus.copies[documents])
+    else:
+        # A text that occurs twice would count twice in the loss.
+        documents = documents[np.unique(corpus.hashes[documents], return_index=True)[1]]
+    return plan_rows(corpus.starts[documents], corpus.lengths[documents], data.seq_len, data.seed)
+
+
+def _facts(plan: RowPlan) -> dict[str, Any]:
+    return {
+        "rows": plan.num_rows,
+        "tokens": plan.num_tokens,
+        "padding": round(plan.padding, 6),
+        "cut_documents": plan.num_cut,
+    }
+
+
+def _write(
+    staging: Path,
+    plans: dict[str, RowPlan],
+    corpus: TokenizedCorpus,
+    tokenizer: "PreTrainedTokenizerFast",
+    data: DataSettings,
+    progress: bool,
+) -> None:
+    from tqdm.auto import tqdm
+
+    from hf_softpick.data.rows import write_rows
+
+    # Padding is never attended to by text and never a target: any id of the vocabulary will do.
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in candidates if token is not None)
+    total = sum(plan.num_tokens for plan in plans.values())
+    with tqdm(total=total, desc="Packing", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar:
+        for split, plan in plans.items():
+            write_rows(staging / f"{split}.arrow", plan, corpus.tokens, pad, data.isolate_documents, bar)
+
+
+def _load(directory: Path, manifest: dict[str, Any], is_new: bool) -> PreparedData:
+    from transformers import AutoTokenizer
+
+    from hf_softpick.data.rows import PackedRows
+
+    report = manifest["report"]
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    if len(tokenizer) <= report["max_token_id"]:
+        raise DataError(
+            f"{directory}: token id {report['max_token_id']} in rows of a tokenizer with {len(tokenizer)} ids."
+        )
+    validation = directory / "validation.arrow"
+    return PreparedData(
+        train=PackedRows.open(directory / "train.arrow"),
+        validation=PackedRows.open(validation) if validation.is_file() else None,
+        tokenizer=tokenizer,
+        directory=directory,
+        report=report | {"from_cache": not is_new},
+    )
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"

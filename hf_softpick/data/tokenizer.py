@@ -1,0 +1,151 @@
+"""Which tokenizer a run uses, trained or loaded, and what it does to a prompt. tokenizing.py encodes a corpus."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_softpick.data.settings import TokenizerSettings
+from hf_softpick.data.sources import Source
+from hf_softpick.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+SAMPLE_BYTES = 64 * 2**20
+"""Text on which a BPE is trained at most: more costs minutes and moves no merge that matters."""
+
+
+def train_tokenizer(sources: Sequence[Source], vocab_size: int, progress: bool = False) -> "PreTrainedTokenizerFast":
+    """Train a byte-level BPE on a bounded, deterministic sample of the sources; ids 0, 1, 2 are BOS, EOS and PAD.
+
+    A corpus with too few distinct pairs gives a smaller vocabulary: trust len(tokenizer), not `vocab_size`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(sample_texts(sources, SAMPLE_BYTES), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def sample_texts(sources: Sequence[Source], max_bytes: int) -> Iterator[str]:
+    """Yield about `max_bytes` of text spread evenly over the shards, weighted sources in proportion; no randomness."""
+    total = sum(source.settings.weight for source in sources)
+    for source in sources:
+        budget = max_bytes * source.settings.weight / total
+        # Small shards leave budget to the larger ones: water-fill from the smallest.
+        sizes = sorted(shard.num_bytes for shard in source.shards)
+        share, left = float("inf"), budget
+        for position, size in enumerate(sizes):
+            share = left / (len(sizes) - position)
+            if size > share:
+                break
+            left -= size
+            share = float("inf")
+        for shard in source.shards:
+            used = 0
+            for record in itertools.islice(shard.read(), source.settings.max_documents):
+                if used >= share:
+                    break
+                if record.text:
+                    used += len(record.text)
+                    yield from (record.text[at : at + 2**20] for at in range(0, len(record.text), 2**20))
+
+
+def load_tokenizer(settings: TokenizerSettings) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of `settings.from_`, a folder or a Hub id; never runs code from there.
+
+    Raises:
+        DataError: it cannot be loaded, has no fast form, or lacks a special token that the recipe asks for.
+    """
+    from transformers import AutoTokenizer
+
+    place = f"tokenizer '{settings.from_}'"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.from_, revision=settings.revision)
+    except Exception as error:  # transformers raises nearly everything for a wrong path, a damaged file or no network
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(
+            f"{place} cannot be loaded: {type(error).__name__}: {reason} "
+            "Give a folder with tokenizer.json or a Hub id; repository code is never run."
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{place} has no fast form (tokenizer.json). Convert it with transformers and give that folder."
+        )
+    _check_special_tokens(place, tokenizer, settings)
+    return tokenizer
+
+
+def encoder_of(tokenizer: "PreTrainedTokenizerFast") -> Any:
+    """A `tokenizers.Tokenizer` for corpora: no special tokens of its own, nothing truncated, nothing padded.
+
+    Text that spells a special token, such as "</s>" on a web page, is encoded as text: no document forges a boundary.
+    """
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings, folder: Path) -> None:
+    """Save such that a prompt gets what a training document begins with: BOS if the recipe adds it, and never EOS.
+
+    Raises:
+        DataError: the tokenizer's own class overrules this when it is loaded again.
+    """
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    if not _prompt_is_right(tokenizer, settings):
+        # Some classes rebuild their template from these flags when they are loaded; the others keep the template.
+        tokenizer.add_bos_token, tokenizer.add_eos_token = settings.add_bos, False
+        bos = tokenizer.bos_token if settings.add_bos else None
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A" if bos else "$A",
+            pair=f"{bos} $A {bos}:1 $B:1" if bos else "$A $B:1",
+            special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
+        )
+    tokenizer.save_pretrained(folder)
+    if not _prompt_is_right(AutoTokenizer.from_pretrained(folder), settings):
+        raise DataError(
+            f"tokenizer '{settings.from_ or 'train_bpe'}' cannot be saved so that a prompt starts "
+            f"{'with' if settings.add_bos else 'without'} BOS and ends without EOS. Change tokenizer.add_bos."
+        )
+
+
+def _prompt_is_right(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings) -> bool:
+    bare = tokenizer("a b", add_special_tokens=False).input_ids
+    return tokenizer("a b").input_ids == ([tokenizer.bos_token_id] if settings.add_bos else []) + bare
+
+
+def _check_special_tokens(place: str, tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings) -> None:
+    wanted = {"bos": settings.add_bos, "eos": settings.add_eos}
+    for name, is_wanted in wanted.items():
+        if is_wanted and getattr(tokenizer, f"{name}_token_id") is None:
+            raise DataError(
+                f"{place} has no {name.upper()} token, but tokenizer.add_{name} is true. "
+                f"Set tokenizer.add_{name}=false, or add a {name}_token to its tokenizer_config.json."
+            )

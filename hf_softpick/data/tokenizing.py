@@ -1,0 +1,308 @@
+"""From documents to one flat file of token ids, in bounded memory and on all cores. packing.py makes rows of it.
+
+Threads inside `tokenizers` by default; `num_proc` processes where those threads stop scaling. The result is the same.
+"""
+
+import os
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hf_softpick.data.settings import TokenizerSettings
+from hf_softpick.data.sources import Source
+from hf_softpick.data.tokenizer import encoder_of
+from hf_softpick.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BATCH_CHARACTERS = 2**21
+PIECE_CHARACTERS = 2**20
+"""A longer document is encoded in pieces that end at a line, else at a space: an encoding takes 100 times its text."""
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """All documents as token ids in one file; the arrays have one entry per document, in source order."""
+
+    path: Path
+    dtype: np.dtype
+    lengths: np.ndarray
+    """int64, tokens with BOS and EOS."""
+    copies: np.ndarray
+    """int64, how often weights repeat the document in training."""
+    hashes: np.ndarray
+    """uint64, seeded hash of the text: equal texts have equal hashes."""
+    documents: int
+    """Documents read, dropped ones included."""
+    dropped: dict[str, int]
+    """Reason to number of documents."""
+    num_bytes: int
+    """UTF-8 bytes of the documents kept."""
+    max_token_id: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[num_tokens] memory-mapped ids."""
+        return np.memmap(self.path, dtype=self.dtype, mode="r")
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64, where each document begins in `tokens`."""
+        return np.cumsum(self.lengths) - self.lengths
+
+
+class _Piece(NamedTuple):
+    text: str
+    place: str
+    """Of the document, for messages; empty in all but its last piece."""
+
+
+def tokenize(
+    sources: Sequence[Source],
+    tokenizer: "PreTrainedTokenizerFast",
+    settings: TokenizerSettings,
+    path: Path,
+    seed: int,
+    num_proc: int | None = None,
+    progress: bool = False,
+) -> TokenizedCorpus:
+    """Encode every usable document once and write the ids to `path`, with the BOS and EOS that the recipe asks for.
+
+    Args:
+        num_proc: processes to encode in; None or 1 uses the threads of `tokenizers` in this process.
+
+    Raises:
+        DataError: a document cannot be read, or got an id that the tokenizer does not count; names the document.
+    """
+    writer = _Writer(path, tokenizer, settings)
+    documents = _Documents(sources, seed)
+    bar = _progress_bar(sources, progress)
+    with path.open("wb") as file, _encoders(tokenizer, num_proc) as (submit, lookahead), bar:
+        pending: deque[tuple[list[_Piece], Future]] = deque()
+
+        def finish() -> None:
+            batch, future = pending.popleft()
+            file.write(writer.join(batch, *future.result()))
+            bar.update(sum(len(piece.text) for piece in batch))
+
+        for batch in _batches(documents):
+            pending.append((batch, submit([piece.text for piece in batch])))
+            if len(pending) > lookahead:
+                finish()
+        while pending:
+            finish()
+    kept = np.frombuffer(writer.has_tokens, np.uint8).astype(bool)
+    dropped = documents.dropped + Counter({"no tokens": int((~kept).sum())})
+    return TokenizedCorpus(
+        path=path,
+        dtype=writer.dtype,
+        lengths=np.frombuffer(writer.lengths, np.int64)[kept],
+        copies=np.frombuffer(documents.copies, np.int64)[kept],
+        hashes=np.frombuffer(documents.hashes, np.uint64)[kept],
+        documents=documents.num_read,
+        dropped={reason: count for reason, count in sorted(dropped.items()) if count},
+        num_bytes=documents.num_bytes,
+        max_token_id=writer.max_token_id,
+    )
+
+
+class _Documents:
+    """The usable documents of all sources in order, as pieces; counts what it drops, remembers what it yields."""
+
+    def __init__(self, sources: Sequence[Source], seed: int):
+        self.sources = sources
+        self.key = seed.to_bytes(8, "little", signed=True)
+        self.num_read = self.num_bytes = 0
+        self.dropped: Counter[str] = Counter()
+        self.copies = array("q")
+        self.hashes = array("Q")
+
+    def __iter__(self) -> Iterator[_Piece]:
+        for index, source in enumerate(self.sources):
+            limit = source.settings.max_documents or float("inf")
+            taken = 0
+            for shard in source.shards:
+                if taken >= limit:
+                    break
+                for record in shard.read():
+                    self.num_read += 1
+                    text = record.text
+                    if text is None or not text or text.isspace():
+                        self.dropped[record.reason or "empty"] += 1
+                        continue
+                    taken += 1
+                    place = f"{shard.label}:{record.number}"
+                    copies = self._remember(text, place, f"{index}:{taken}", source.settings.weight)
+                    if copies:
+                        yield from _pieces(text, place)
+                    if taken >= limit:
+                        break
+
+    def _remember(self, text: str, place: str, key: str, weight: float) -> int:
+        """How often the weight takes this document: 2.3 is twice, and a third time for 30% by a seeded hash."""
+        part = blake2b(key.encode(), digest_size=8, key=self.key).digest()
+        copies = int(weight) + (int.from_bytes(part, "little") / 2**64 < weight % 1)
+        if not copies:
+            self.dropped["weight"] += 1
+            return 0
+        try:
+            content = text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: the text holds \\u{ord(text[error.start]):04x}, half of a surrogate pair, which is no "
+                "character. Remove it or export the data again."
+            ) from error
+        self.copies.append(copies)
+        self.hashes.append(int.from_bytes(blake2b(content, digest_size=8, key=self.key).digest(), "little"))
+        self.num_bytes += len(content)
+        return copies
+
+
+class _Writer:
+    """Joins encoded pieces to documents with BOS and EOS, and checks the ids."""
+
+    def __init__(self, path: Path, tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings):
+        self.vocab_size = len(tokenizer)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        self.bos = np.array([tokenizer.bos_token_id] if settings.add_bos else [], self.dtype)
+        self.eos = np.array([tokenizer.eos_token_id] if settings.add_eos else [], self.dtype)
+        self.lengths, self.has_tokens = array("q"), array("B")
+        self.length = 0
+        self.max_token_id = max([*self.bos.tolist(), *self.eos.tolist()], default=0)
+
+    def join(self, batch: list[_Piece], ids: np.ndarray, lengths: np.ndarray) -> memoryview:
+        """The bytes to write for one batch: `ids` of all pieces, `lengths` per piece."""
+        if len(ids):
+            self._check(batch, ids, lengths)
+        ids = ids.astype(self.dtype, copy=False)
+        parts, end = [], 0
+        for piece, length in zip(batch, lengths.tolist(), strict=True):
+            begin, end = end, end + length
+            if length:
+                if not self.length:
+                    parts.append(self.bos)
+                    self.length += len(self.bos)
+                parts.append(ids[begin:end])
+                self.length += length
+            if piece.place:
+                if self.length:
+                    parts.append(self.eos)
+                    self.length += len(self.eos)
+                self.lengths.append(self.length)
+                self.has_tokens.append(self.length > 0)
+                self.length = 0
+        return memoryview(np.concatenate(parts)) if parts else memoryview(b"")
+
+    def _check(self, batch: list[_Piece], ids: np.ndarray, lengths: np.ndarray) -> None:
+        self.max_token_id = max(self.max_token_id, int(ids.max()))
+        if self.max_token_id >= self.vocab_size:
+            at = int(np.searchsorted(np.cumsum(lengths), int(np.argmax(ids)), side="right"))
+            place = next((piece.place for piece in batch[at:] if piece.place), "a long document")
+            raise DataError(
+                f"{place}: token id {self.max_token_id}, but the tokenizer counts {self.vocab_size} tokens, and so "
+                "would the model. Its tokenizer.json has holes or belongs to another vocabulary; use a matching one."
+            )
+
+
+def split_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut `text` into pieces of at most `limit` characters, after a line end if there is one, else before a space."""
+    begin = 0
+    while len(text) - begin > limit:
+        end = text.rfind("\n", begin + 1, begin + limit) + 1 or text.rfind(" ", begin + 1, begin + limit)
+        end = end if end > begin else begin + limit
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _pieces(text: str, place: str) -> Iterator[_Piece]:
+    if len(text) <= PIECE_CHARACTERS:
+        yield _Piece(text, place)
+        return
+    *firsts, last = split_text(text)
+    for piece in firsts:
+        yield _Piece(piece, "")
+    yield _Piece(last, place)
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _encoders(tokenizer: "PreTrainedTokenizerFast", num_proc: int | None) -> Iterator[tuple[Callable, int]]:
+    """A function that submits texts for encoding, and how many batches to keep under way."""
+    encoder = encoder_of(tokenizer)
+    if num_proc is None or num_proc == 1:
+        # Encoding releases the interpreter lock: a second batch fills the cores while the first is converted.
+        with ThreadPoolExecutor(2) as executor:
+            yield partial(executor.submit, _encode, encoder), 2
+        return
+    executor = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (encoder.to_str(),))
+    try:
+        yield partial(executor.submit, _encode_in_worker), num_proc + 2
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a tokenizing process died, probably for lack of memory. Lower data.num_proc ({num_proc})."
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _encode(encoder: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    ids = [
+        np.array(encoding.ids, np.uint32) for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+    return np.concatenate(ids), np.array([len(part) for part in ids], np.int64)
+
+
+_worker_encoder: Any = None
+
+
+def _start_worker(serialized: str) -> None:
+    """Runs once in each worker process; the switch for special tokens in text is not serialized."""
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    _worker_encoder = Tokenizer.from_str(serialized)
+    _worker_encoder.encode_special_tokens = True
+
+
+def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    return _encode(_worker_encoder, texts)
+
+
+def _progress_bar(sources: Sequence[Source], progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    total = sum(min(1.0, source.settings.weight) * shard.num_bytes for source in sources for shard in source.shards)
+    return tqdm(
+        total=int(total),
+        desc="Tokenizing",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=0.5,
+        leave=False,
+    )
