@@ -1,0 +1,207 @@
+"""The meeting point with transformers: the attention and mask functions of its registries, for any model.
+
+`attn_implementation="softpick"` (or another normalizer's name) runs a foreign model through `attention_forward`. Our own
+model calls `run_attention` with its own masks.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .attention_dense import dense_attention
+from .attention_masks import VisibleKeys, visible_keys
+from .attention_tiled import tiled_attention
+from .normalizers import NORMALIZERS
+
+
+IMPLEMENTATIONS = ("auto", "eager", "tiled")
+# Arguments of other models' attention that change the scores or the keys, and that these functions do not compute.
+_UNSUPPORTED = {
+    "softcap": "softcap (tanh on the scores)",
+    "s_aux": "s_aux (attention sinks)",
+    "position_bias": "position_bias",
+    "cache": "a paged cache",
+}
+
+
+def run_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: VisibleKeys | Tensor,
+    scale: float,
+    normalizer: str,
+    implementation: str = "auto",
+    dropout: float = 0.0,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by implementation name; shapes as in `tiled_attention`.
+
+    Returns:
+        output [B, T, H, Dv] and, for "eager" or on request, weights [B, H, T, S].
+
+    Raises:
+        ValueError: the implementation is unknown, or cannot do what is asked of it.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention with normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}. "
+            f"Use one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    if implementation == "eager" or output_attentions:
+        return dense_attention(query, key, value, visible, scale, normalizer, dropout)
+    if dropout > 0:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no attention dropout, got attention_dropout={dropout}. "
+            "Set attention_dropout to 0 or use attn_implementation='eager'."
+        )
+    return tiled_attention(query, key, value, visible, scale, normalizer), None
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """A [B, H, T, S] mask handed in by the user, if it is boolean.
+
+    Raises:
+        ValueError: it is additive or has another dtype.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"the 4-D attention_mask has dtype {mask.dtype}, expected torch.bool with True = visible. An additive mask "
+            "cannot exclude a key from softpick's denominator; pass `attention_mask == 0` instead."
+        )
+    return mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    *,
+    normalizer: str,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function for models that are not ours; registered under each normalizer's name.
+
+    Args:
+        query: [B, H, T, D]. key, value: [B, Hkv, S, D], not repeated. attention_mask: what `attention_mask_function`
+            returned, None or bool [B, 1, T, S].
+
+    Returns:
+        output [B, T, H, Dv]; weights [B, H, T, S] if `output_attentions` was asked for, else None.
+
+    Raises:
+        ValueError: the model needs something that this attention does not compute; the message names it.
+    """
+    name = type(module).__name__
+    if normalizer.startswith("scaled_"):
+        raise ValueError(
+            f"{name} cannot run with attn_implementation={normalizer!r}: it has no learnable scale per head. Use "
+            f"{normalizer.removeprefix('scaled_')!r}, or SoftpickForCausalLM with normalizer={normalizer!r}."
+        )
+    for argument, meaning in _UNSUPPORTED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"{name} uses {meaning}, which attn_implementation={normalizer!r} does not support.")
+    if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
+        raise ValueError(f"{name} is not causal; attn_implementation={normalizer!r} supports causal attention only.")
+    visible = _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens_q)
+    return run_attention(
+        query,
+        key,
+        value,
+        visible,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        normalizer,
+        "auto" if dropout == 0 else "eager",
+        dropout,
+        bool(kwargs.get("output_attentions")),
+    )
+
+
+def _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens) -> VisibleKeys | Tensor:
+    length, key_length = query.shape[2], key.shape[2]
+    if position_ids is not None and position_ids.ndim != 2:
+        position_ids = None  # multimodal rotary positions say nothing of documents
+    if attention_mask is None:
+        # One query sees the whole cache; an empty static cache is longer than the input and aligned at the top left.
+        offset = key_length - 1 if length == 1 else 0
+        return visible_keys(
+            length,
+            key_length,
+            query.device,
+            query_offset=offset,
+            position_ids=position_ids if length > 1 else None,
+            cu_seq_lens=cu_seq_lens if length > 1 else None,
+            sliding_window=sliding_window,
+        )
+    mask = check_mask(attention_mask)
+    if length == 1 or (position_ids is None and cu_seq_lens is None):
+        return mask
+    if length != key_length:
+        # Where the cached keys' documents began is not known here.
+        if position_ids is not None and not torch.compiler.is_compiling() and bool((position_ids.diff() != 1).any()):
+            raise ValueError(
+                "position_ids restart inside an input that continues a cache: packed documents cannot be kept apart "
+                "there. Pass one document a row, or no cache."
+            )
+        return mask
+    # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
+    padding = mask.diagonal(dim1=-2, dim2=-1)[:, 0] if mask.shape[1] == 1 else None
+    apart = visible_keys(
+        length,
+        key_length,
+        query.device,
+        padding_mask=padding.expand(query.shape[0], -1) if padding is not None and cu_seq_lens is None else None,
+        position_ids=position_ids,
+        cu_seq_lens=cu_seq_lens,
+    )
+    return mask & apart.dense(key_length)
+
+
+def attention_mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """transformers' mask function: None for plain causal attention, also under torch.compile, else bool [B, 1, T, S]."""
+    plain = mask_function is causal_mask_function and attention_mask is None and kv_offset == 0
+    if plain and isinstance(q_offset, int) and (q_offset == 0 or q_length == 1) and kv_length >= q_offset + q_length:
+        if q_length > 1 or kv_length == q_offset + 1:
+            return None
+    kwargs["allow_is_causal_skip"] = False
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+    return mask
+
+
+def register_attention() -> None:
+    """Put every normalizer's name into both registries of transformers; idempotent."""
+    for normalizer in NORMALIZERS:
+        AttentionInterface.register(normalizer, partial(attention_forward, normalizer=normalizer))
+        AttentionMaskInterface.register(normalizer, attention_mask_function)
+
+
+register_attention()

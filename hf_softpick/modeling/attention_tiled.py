@@ -1,0 +1,349 @@
+"""Attention over blocks of queries in plain PyTorch: linear memory, forward and backward, any device and normalizer.
+
+Legend: B batch, N = B * Hkv rows of work, G query heads a key head, T queries, S keys, R rows of a block, W its keys.
+Scores are kept in log2 units (exp2 is the fast exponential). Both passes are opaque operators, so that torch.compile
+neither unrolls the loops nor materialises a mask.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .attention_masks import VisibleKeys
+from .normalizers import SOFTPICK_EPS, base_normalizer, spread_nonfinite
+
+
+LOG2E = 1.0 / math.log(2.0)
+# Rows are shifted by their maximum only beyond 2^40: below it nothing can overflow in float32, and a pass is saved.
+SHIFT_LIMIT = 40.0
+BLOCK_ROWS = 64
+BLOCK_ELEMENTS = 1 << 19  # scores worked on at once; about the cache share of two cores
+
+
+def tiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: VisibleKeys | Tensor, scale: float, normalizer: str = "softpick"
+) -> Tensor:
+    """Attention in memory linear in T and S.
+
+    Args:
+        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i). key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
+            Any floating dtype, computed in float32 (float64 stays float64); H a multiple of Hkv.
+        visible: intervals of keys, or a bool mask broadcastable to [B, H, T, S] (True = visible).
+        scale: factor of the scores, usually D ** -0.5.
+
+    Returns:
+        [B, T, H, Dv] in the dtype of `value`. Differentiable once, in query, key and value.
+
+    Raises:
+        ValueError: shapes do not fit, the mask is not boolean, or the normalizer is unknown.
+    """
+    kind = base_normalizer(normalizer)
+    _check_shapes(query, key, value)
+    if isinstance(visible, VisibleKeys):
+        return _forward(query, key, value, visible.start, visible.end, visible.keys, None, scale, kind)[0]
+    if visible.dtype != torch.bool:
+        raise ValueError(f"the mask has dtype {visible.dtype}, expected torch.bool with True = visible")
+    batch, heads, length, _ = query.shape
+    mask = visible.expand(-1, -1, length, key.shape[2])
+    start = torch.zeros(1, length, dtype=torch.int64, device=query.device)
+    return _forward(query, key, value, start, start + key.shape[2], None, mask, scale, kind)[0]
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    fits = (
+        query.ndim == key.ndim == value.ndim == 4
+        and key.shape[:3] == value.shape[:3]
+        and query.shape[0] == key.shape[0]
+        and query.shape[3] == key.shape[3]
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if not fits:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: expected "
+            "[B, H, T, D], [B, Hkv, S, D] and [B, Hkv, S, Dv] with H a multiple of Hkv"
+        )
+
+
+class _Hidden(NamedTuple):
+    """Columns [first, last) of a block that hold scores to leave out: `mask` broadcasts to [N, R, G, last - first]."""
+
+    first: int
+    last: int
+    mask: Tensor
+
+
+class _Block(NamedTuple):
+    """Query rows [row0, row1) of the work rows [n0, n1) against keys [key0, key1)."""
+
+    n0: int
+    n1: int
+    row0: int
+    row1: int
+    key0: int
+    key1: int
+    hidden: list[_Hidden]
+
+
+class _Layout:
+    """Tensors of one call in the shape the loops want; one reading of `visible` for both passes."""
+
+    def __init__(self, query, key, value, start, end, keys, mask):
+        self.batch, self.heads, self.length, self.dim = query.shape
+        self.key_heads, self.key_length, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
+        self.groups = self.heads // self.key_heads
+        self.dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype, value.dtype) else torch.float32
+        alike = bool((start == start[:1]).all()) and bool((end == end[:1]).all())
+        self.start, self.end = (start[:1], end[:1]) if alike else (start, end)
+        self.mask = mask
+        self.keys = None if keys is None or bool(keys.all()) else keys
+        total = sum(float(x.detach().sum(dtype=self.dtype)) for x in (query, key, value))
+        if not math.isfinite(total):  # an overflowing sum of finite numbers only costs time
+            query, key, value = spread_nonfinite(query, key, value)
+        self.query = self.rows_first(query)
+        self.key = key.to(self.dtype).reshape(-1, self.key_length, self.dim)
+        self.value = value.to(self.dtype).reshape(-1, self.key_length, self.value_dim)
+
+    def rows_first(self, x: Tensor) -> Tensor:
+        """[B, H, T, E] -> [N, T, G, E] contiguous, so that a block of rows of all its heads is one matrix."""
+        x = x.unflatten(1, (self.key_heads, self.groups)).transpose(2, 3).flatten(0, 1)
+        return x.to(self.dtype).contiguous()
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """[N, T, G, E] -> [B, H, T, E]."""
+        return x.unflatten(0, (self.batch, self.key_heads)).transpose(2, 3).flatten(1, 2)
+
+    def blocks(self) -> Iterator[_Block]:
+        """Every block with at least one visible interval."""
+        shared = self.start.shape[0] == 1 and self.keys is None and self.mask is None
+        for row in [None] if shared else range(self.batch):
+            first, count = (0, self.batch * self.key_heads) if row is None else (row * self.key_heads, self.key_heads)
+            select = 0 if row is None or self.start.shape[0] == 1 else row
+            start, end = self.start[select], self.end[select]
+            keys = None if self.keys is None else self.keys[row]
+            for row0, row1, low, high, full_low, full_high in _extents(start, end):
+                if low >= high:
+                    continue
+                hidden = self._hidden(start[row0:row1], end[row0:row1], keys, row, low, high, full_low, full_high, row0)
+                size = max(1, BLOCK_ELEMENTS // ((row1 - row0) * self.groups * (high - low)))
+                for n0 in range(first, first + count, size):
+                    n1 = min(n0 + size, first + count)
+                    part = hidden if self.mask is None else [_slice_heads(h, n0 - first, n1 - first) for h in hidden]
+                    yield _Block(n0, n1, row0, row1, low, high, part)
+
+    def _hidden(self, start, end, keys, row, low, high, full_low, full_high, row0) -> list[_Hidden]:
+        column = torch.arange(low, high, device=start.device)
+        hidden = []
+        if full_low > low:
+            stop = min(full_low, high)
+            hidden.append(_Hidden(0, stop - low, (column[: stop - low] < start[:, None])[None, :, None]))
+        if full_high < high:
+            first = max(full_high, low)
+            hidden.append(_Hidden(first - low, high - low, (column[first - low :] >= end[:, None])[None, :, None]))
+        if keys is not None and not bool(keys[low:high].all()):
+            hidden.append(_Hidden(0, high - low, ~keys[low:high][None, None, None]))
+        if self.mask is not None:
+            mask = self.mask[min(row, self.mask.shape[0] - 1), :, row0 : row0 + start.shape[0], low:high]  # [H or 1, R, W]
+            mask = mask.unflatten(0, (self.key_heads, self.groups)) if mask.shape[0] > 1 else mask[None]
+            hidden.append(_Hidden(0, high - low, ~mask.transpose(1, 2)))
+        return hidden
+
+    def matrix(self, x: Tensor, block: _Block) -> Tensor:
+        """The rows of a block of [N, T, G, E] as matrices [n, R * G, E]."""
+        return x[block.n0 : block.n1, block.row0 : block.row1].flatten(1, 2)
+
+    def hide(self, x: Tensor, block: _Block, fill: float) -> None:
+        """Overwrite the hidden entries of the [n, R * G, W] block `x`."""
+        x = x.view(x.shape[0], block.row1 - block.row0, self.groups, x.shape[2])
+        for first, last, mask in block.hidden:
+            x[..., first:last].masked_fill_(mask, fill)
+
+
+def _slice_heads(hidden: _Hidden, n0: int, n1: int) -> _Hidden:
+    return hidden if hidden.mask.shape[0] == 1 else hidden._replace(mask=hidden.mask[n0:n1])
+
+
+def _extents(start: Tensor, end: Tensor) -> list[tuple[int, ...]]:
+    """(row0, row1, lowest start, highest end, highest start, lowest end) of each block of queries, on the host."""
+    edges = range(0, start.shape[0], BLOCK_ROWS)
+    rows = [
+        torch.stack([s.amin(), e.amax(), s.amax(), e.amin()])
+        for s, e in zip(start.split(BLOCK_ROWS), end.split(BLOCK_ROWS), strict=True)
+    ]
+    extents = torch.stack(rows).tolist() if rows else []
+    return [(r, min(r + BLOCK_ROWS, start.shape[0]), *extent) for r, extent in zip(edges, extents, strict=True)]
+
+
+def _scores(layout: _Layout, query: Tensor, block: _Block, kind: str, out: Tensor) -> Tensor:
+    """[n, R * G, W] scores in log2 units; hidden ones hold what counts for nothing: 0 in softpick, -inf otherwise."""
+    rows = layout.matrix(query, block)
+    keys = layout.key[block.n0 : block.n1, block.key0 : block.key1]
+    x = _view(out, rows.shape[0], rows.shape[1], keys.shape[1])
+    torch.bmm(rows, keys.transpose(1, 2), out=x)
+    if kind == "rectified_softmax":
+        torch.nn.functional.threshold_(x, -torch.finfo(x.dtype).tiny, float("-inf"))
+    layout.hide(x, block, 0.0 if kind == "softpick" else float("-inf"))
+    return x
+
+
+def _view(buffer: Tensor, *shape: int) -> Tensor:
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _shift(level: Tensor, kind: str) -> Tensor | None:
+    """What rows at this level are shifted by, None where no row needs it. Row by row, so rows do not depend on others."""
+    far = level > SHIFT_LIMIT if kind == "softpick" else (level.abs() > SHIFT_LIMIT) & level.isfinite()
+    return torch.where(far, level, 0.0) if bool(far.any()) else None
+
+
+def _softpick_p(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
+    """2^(x - shift) - 2^-shift of x = 2^(score - shift), into `out`."""
+    return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
+
+
+_NAMESPACE = __name__.replace(".", "_")  # unlike for every copy of this file, so that Hub code never meets the package's
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::tiled_forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    keys: Optional[Tensor],  # noqa: UP045 -- the schema parser of torch 2.11 wants Optional
+    mask: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, Dv] and log2 of the denominator [B, H, T]."""
+    layout = _Layout(query, key, value, start, end, keys, mask)
+    scaled = layout.query * (scale * LOG2E)
+    out = scaled.new_zeros(*scaled.shape[:3], layout.value_dim)
+    lse = scaled.new_zeros(scaled.shape[:3])
+    if kind == "softpick":
+        lse.fill_(math.log2(SOFTPICK_EPS))
+    buffer = None
+    for block in layout.blocks():
+        buffer = _buffer(buffer, block, layout, 1)
+        x = _scores(layout, scaled, block, kind, buffer[0])
+        shift = _shift(x.amax(-1, keepdim=True), kind)
+        if shift is not None:
+            x.sub_(shift)
+        x.exp2_()
+        if kind == "softpick":
+            p = _softpick_p(x, shift, x)
+            total = p.sum(-1, keepdim=True)
+            torch.relu_(p)
+            # sum |p| without another pass: the positive part counted twice, less the whole
+            norm = 2 * p.sum(-1, keepdim=True) - total
+            norm += SOFTPICK_EPS if shift is None else SOFTPICK_EPS * torch.exp2(-shift)
+        else:
+            p, norm = x, x.sum(-1, keepdim=True)
+            norm = torch.where(norm == 0, 1.0, norm)
+        rows = slice(block.n0, block.n1), slice(block.row0, block.row1)
+        acc = torch.bmm(p, layout.value[block.n0 : block.n1, block.key0 : block.key1])
+        out[rows] = acc.div_(norm).unflatten(1, (-1, layout.groups))
+        log_norm = norm.log2_() if shift is None else norm.log2_() + shift
+        lse[rows] = log_norm.view(log_norm.shape[0], -1, layout.groups)
+    out = layout.heads_first(out).transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format)
+    return out, layout.heads_first(lse[..., None])[..., 0].contiguous()
+
+
+@_forward.register_fake
+def _(query, key, value, start, end, keys, mask, scale, kind):
+    batch, heads, length, _ = query.shape
+    dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype, value.dtype) else torch.float32
+    out = value.new_empty(batch, length, heads, value.shape[3])
+    return out, query.new_empty(batch, heads, length, dtype=dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::tiled_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    keys: Optional[Tensor],  # noqa: UP045
+    mask: Optional[Tensor],  # noqa: UP045
+    scale: float,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; the formula is in the design of the package and in arXiv 2504.20966."""
+    layout = _Layout(query, key, value, start, end, keys, mask)
+    scaled = layout.query * (scale * LOG2E)
+    level = layout.rows_first(lse[..., None])
+    grad = layout.rows_first(grad.transpose(1, 2))
+    delta = (grad * layout.rows_first(out.transpose(1, 2))).sum(-1, keepdim=True)
+    shift_all = _shift(level, kind)
+    # Dividing the rows of grad by the denominator spares dividing the T x S weights.
+    factor = torch.exp2(-level if shift_all is None else shift_all - level)
+    grad, delta = grad * factor, delta * factor
+    dq, dk, dv = (torch.zeros_like(x) for x in (scaled, layout.key, layout.value))
+    buffer = None
+    for block in layout.blocks():
+        buffer = _buffer(buffer, block, layout, 3)
+        x = _scores(layout, scaled, block, kind, buffer[0])
+        shift = None if shift_all is None else layout.matrix(shift_all, block)
+        if shift is not None:
+            x.sub_(shift)
+        x.exp2_()
+        block_grad, block_delta = layout.matrix(grad, block), layout.matrix(delta, block)
+        block_dk, block_dv = (d[block.n0 : block.n1, block.key0 : block.key1] for d in (dk, dv))
+        values = layout.value[block.n0 : block.n1, block.key0 : block.key1]
+        dx = torch.bmm(block_grad, values.transpose(1, 2), out=_view(buffer[1], *x.shape))
+        if kind == "softpick":
+            p = torch.relu_(_softpick_p(x, shift, _view(buffer[2], *x.shape)))
+            block_dv.baddbmm_(p.transpose(1, 2), block_grad)
+            # dp - delta where the score is positive, delta elsewhere: mask dp - 2 delta, then add delta everywhere
+            torch.ops.aten.threshold_backward.grad_input(dx.sub_(2 * block_delta), p, 0.0, grad_input=dx)
+            layout.hide(x, block, 0.0)
+            dx.add_(block_delta).mul_(x)
+        else:
+            block_dv.baddbmm_(x.transpose(1, 2), block_grad)
+            dx.sub_(block_delta).mul_(x)
+        keys_ = layout.key[block.n0 : block.n1, block.key0 : block.key1]
+        dq[block.n0 : block.n1, block.row0 : block.row1] = torch.bmm(dx, keys_).unflatten(1, (-1, layout.groups))
+        block_dk.baddbmm_(dx.transpose(1, 2), layout.matrix(scaled, block))
+    return (
+        layout.heads_first(dq.mul_(scale)).to(query.dtype, memory_format=torch.contiguous_format),
+        dk.div_(LOG2E).view(key.shape).to(key.dtype),
+        dv.view(value.shape).to(value.dtype),
+    )
+
+
+def _buffer(buffer: Tensor | None, block: _Block, layout: _Layout, count: int) -> Tensor:
+    """`count` rows of scratch for the scores of a block, grown only when a block needs more."""
+    size = (block.n1 - block.n0) * (block.row1 - block.row0) * layout.groups * (block.key1 - block.key0)
+    if buffer is None or buffer.shape[1] < size:
+        buffer = torch.empty(count, size, dtype=layout.dtype, device=layout.query.device)
+    return buffer
+
+
+@_backward.register_fake
+def _(grad, query, key, value, out, lse, start, end, keys, mask, scale, kind):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.kind = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad: Tensor | None, grad_lse: Tensor | None):
+    if grad is None:
+        return (None,) * 9
+    query, key, value, out, lse, *visible = ctx.saved_tensors
+    gradients = _backward(grad, query, key, value, out, lse, *visible, ctx.scale, ctx.kind)
+    return (*gradients, None, None, None, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,50 @@
+"""Configuration of the softpick transformer: Llama's fields plus the normalizer of the attention weights."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from .normalizers import NORMALIZERS
+
+
+@strict
+class SoftpickConfig(LlamaConfig):
+    """Llama's configuration with
+
+    normalizer (`str`, default "softpick"): what the attention weights are, one of softpick, softmax, rectified_softmax,
+        scaled_softpick, scaled_softmax. Part of the model's meaning and saved; how it is computed is `attn_implementation`.
+    sliding_window (`int`, optional): a query sees itself and the sliding_window - 1 tokens before it.
+
+    Raises:
+        ValueError: the normalizer is unknown, or the window is not positive.
+
+    Source: arXiv 2504.20966; block layout and parameter names are Llama's.
+    """
+
+    model_type = "softpick"
+
+    normalizer: str = "softpick"
+    sliding_window: int | None = None
+
+    def validate_architecture(self):
+        """Part of `@strict` validation; runs by itself."""
+        super().validate_architecture()
+        if self.normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer is {self.normalizer!r}, expected one of {', '.join(NORMALIZERS)}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window is {self.sliding_window}, expected None or at least 1")
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+
+    def to_dict(self):
+        """The saved form. Names the attention, so that Llama code without this package refuses the checkpoint instead of
+        running softmax over its weights."""
+        output = super().to_dict()
+        if self.normalizer != "softmax":
+            output["attn_implementation"] = self.normalizer
+        return output
+
+
+__all__ = ["SoftpickConfig"]
