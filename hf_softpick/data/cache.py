@@ -1,4 +1,4 @@
-"""A folder that either holds a whole, verified result or does not exist: lock, staging, manifest. Knows nothing of text."""
+"""A folder that either holds a whole, verified result or does not exist: lock, staging, manifest."""
 
 import errno
 import hashlib
@@ -36,8 +36,8 @@ def fingerprint(content: Any) -> str:
 def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
     """The manifest of `directory`, built first if it is missing or damaged.
 
-    Of several processes that ask at once, one builds and the others wait. `build` fills a staging folder and returns what
-    the manifest should say; the folder gets its name by one rename, so a killed build leaves nothing that looks whole.
+    Of several processes that ask at once, one builds and the others wait. `build` fills a staging folder and returns
+    what the manifest should say; one rename gives it its name, so a killed build leaves nothing that looks whole.
 
     Returns:
         The manifest, and whether this call built it.
@@ -137,12 +137,12 @@ def _sync(path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file up to 64 MiB; of a larger one 64 evenly spaced MiB with both ends, so that a start stays fast."""
+    """SHA-256 of a file; above 64 MiB, of 64 evenly spaced MiB and both ends, so that a start stays fast."""
     digest, size = hashlib.sha256(), path.stat().st_size
+    blocks = min(_BLOCKS, -(-size // _BLOCK))
     with path.open("rb") as file:
-        if size <= _BLOCK * _BLOCKS:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        for block in range(_BLOCKS):
-            file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+        for block in range(blocks):
+            if size > _BLOCK * _BLOCKS:
+                file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
             digest.update(file.read(_BLOCK))
     return digest.hexdigest()

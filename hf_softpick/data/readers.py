@@ -50,7 +50,7 @@ def read_file(path: Path, column: str) -> Iterator[Record]:
 
 
 def read_text(path: Path, encoding_errors_drop: bool = False) -> Iterator[Record]:
-    """Yield the whole file as one document; `encoding_errors_drop` drops a file that is not UTF-8 instead of refusing."""
+    """Yield the whole file as one document; `encoding_errors_drop` drops what is not UTF-8 instead."""
     with _open(path) as file:
         content = file.read()
     try:
