@@ -1,0 +1,48 @@
+"""From the recipe to transformers.TrainingArguments, with what every run here needs and a recipe cannot change."""
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_softpick.errors import RecipeError
+from hf_softpick.training.recipe import Recipe
+
+HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments for `recipe`; starts the process group when there is one.
+
+    Must exist before the model: ZeRO-3 shards weights while they are made.
+
+    Raises:
+        RecipeError: transformers refuses a value.
+    """
+    given = {name: value for name, value in recipe.training.arguments.items() if name not in HUB}
+    evaluates = recipe.eval.every > 0 and recipe.data.validation > 0
+    accelerator: dict[str, Any] = {**(given.pop("accelerator_config", None) or {}), "dispatch_batches": False}
+    fixed: dict[str, Any] = {
+        "output_dir": str(recipe.run.directory / "checkpoints"),
+        "run_name": recipe.run.name,
+        # The collator needs columns that the model's forward does not name.
+        "remove_unused_columns": False,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": recipe.eval.every if evaluates else None,
+        # A NaN loss must not be logged as 0.0.
+        "logging_nan_inf_filter": False,
+        "average_tokens_across_devices": True,
+        "accelerator_config": accelerator,
+        # Uploading is the last step of a run (push.py), not something that happens beside training.
+        "push_to_hub": False,
+    }
+    try:
+        args = TrainingArguments(**given | fixed)
+        args.device  # noqa: B018 - sets up the process group, whose errors belong here
+    except (ValueError, TypeError, ImportError, NotImplementedError, FileNotFoundError) as error:
+        raise RecipeError(f"training: {error}") from error
+    return args
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Rows of one optimizer step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

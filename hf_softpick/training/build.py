@@ -1,0 +1,82 @@
+"""The model of a run: new, or going on from another one. Parameters are float32 whatever a configuration file says."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_softpick.errors import RecipeError
+from hf_softpick.modeling.configuration_softpick import SoftpickConfig
+from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
+from hf_softpick.training.recipe_model import ModelSettings
+
+
+def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The model that `settings` describe, on CPU (or sharded by ZeRO-3), float32, the same on every rank.
+
+    Raises:
+        RecipeError: the settings do not make a model, or the tokenizer has more tokens than the model.
+    """
+    set_seed(seed)
+    try:
+        model = _new(settings, tokenizer) if settings.from_ is None else _continued(settings)
+    except (ValueError, OSError, KeyError) as error:
+        raise RecipeError(f"model: {error}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size is {model.config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens. Use the "
+            "tokenizer that belongs to the model, or leave vocab_size out."
+        )
+    wrong = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if wrong:
+        raise RecipeError(f"model: parameters must be float32, these are {wrong}; use training.bf16 for speed.")
+    return model
+
+
+def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = SoftpickConfig(
+        **settings.config_fields(),
+        vocab_size=settings.vocab_size or len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return SoftpickForCausalLM._from_config(
+        config, attn_implementation=settings.attn_implementation, dtype=torch.float32
+    )
+
+
+def _continued(settings: ModelSettings) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision)
+    implementation = settings.attn_implementation
+    if is_foreign(config):
+        implementation = foreign_attention(settings)
+    else:
+        config.normalizer = settings.normalizer
+    return AutoModelForCausalLM.from_pretrained(
+        settings.from_,
+        revision=settings.revision,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=implementation,
+    )
+
+
+def is_foreign(config: object) -> bool:
+    """Whether the architecture is not ours, so that its configuration cannot say which normalizer it was trained with."""
+    return getattr(config, "model_type", None) != SoftpickConfig.model_type
+
+
+def foreign_attention(settings: ModelSettings) -> str | None:
+    """The attn_implementation that runs a foreign architecture with the recipe's normalizer."""
+    if settings.normalizer == "softmax":
+        return None if settings.attn_implementation == "auto" else settings.attn_implementation
+    if settings.attn_implementation != "auto":
+        raise RecipeError(
+            f"model.attn_implementation is '{settings.attn_implementation}', but a {settings.from_} model runs with "
+            f"normalizer '{settings.normalizer}' only under attn_implementation 'auto'; leave it out."
+        )
+    if settings.normalizer.startswith("scaled_"):
+        raise RecipeError(
+            f"model.normalizer '{settings.normalizer}' has parameters of its own, which {settings.from_} has no place for. "
+            "Use softpick or rectified_softmax, or train a new model."
+        )
+    return settings.normalizer

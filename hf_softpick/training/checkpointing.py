@@ -1,0 +1,157 @@
+"""Checkpoints that are whole or absent: staging, manifest, verification, discovery, rotation. Knows files, not models.
+
+RUN/checkpoints/.staging-N/checkpoint-N/   being written; a crash leaves it here, where nobody looks for checkpoints
+RUN/checkpoints/checkpoint-N/              renamed into place after manifest.json, which is written last
+RUN/checkpoints/checkpoint-N.corrupt/      failed its verification, kept for a look
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_softpick.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def staging_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written, on the same file system as its final place."""
+    return root / f".staging-{step}"
+
+
+def checkpoint_directory(root: Path, step: int) -> Path:
+    """The final place of the checkpoint of `step`."""
+    return root / f"checkpoint-{step}"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
+    """Describe every file of `directory` (size, SHA-256) together with `facts`; everything is on disk afterwards."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            # safetensors writes 0600; other users of a shared run folder may read the rest, so let them read this too.
+            path.chmod(0o666 & ~_umask())
+            _sync(path)
+            files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync(manifest)
+    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
+        _sync(folder)
+
+
+def publish(root: Path, step: int) -> Path:
+    """Rename the staged checkpoint of `step` into place and return the place."""
+    target = checkpoint_directory(root, step)
+    if target.exists():
+        # The same step again, after a resume from an older checkpoint: the new one replaces it.
+        target.rename(staging_directory(root, step) / "replaced")
+    os.rename(staging_directory(root, step) / target.name, target)
+    _sync(root)
+    shutil.rmtree(staging_directory(root, step), ignore_errors=True)
+    return target
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; {} where there is none that can be read."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
+
+
+def verify(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line a fault; empty when every listed file has its size and its SHA-256."""
+    manifest = read_manifest(directory)
+    if not manifest:
+        return [f"{MANIFEST} is missing or unreadable"]
+    if manifest.get("format") != FORMAT:
+        return [f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"]
+    faults = []
+    for name, expected in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != expected["size"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif sha256_of(path) != expected["sha256"]:
+            faults.append(f"sha256 mismatch in {name}")
+    return faults
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the published checkpoints, newest first, verified or not."""
+    names = (path.name.removeprefix("checkpoint-") for path in root.glob("checkpoint-*") if path.is_dir())
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def find_newest(root: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that verifies, None when the run has none at all. For one process to call.
+
+    A checkpoint that does not verify is renamed to *.corrupt, named in a warning, and the next older one is tried.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them can be loaded.
+    """
+    reasons = []
+    for step in steps(root):
+        directory = checkpoint_directory(root, step)
+        faults = verify(directory)
+        if not faults:
+            return directory
+        aside = directory.with_name(directory.name + ".corrupt")
+        if aside.exists():
+            shutil.rmtree(aside)
+        directory.rename(aside)
+        reasons.append(f"{aside.name}: {'; '.join(faults)}")
+        warn(f"{directory} cannot be used ({'; '.join(faults)}); kept as {aside.name}, trying the one before.")
+    if not reasons:
+        reasons = [f"{path.name}: set aside earlier" for path in sorted(root.glob("checkpoint-*.corrupt"))]
+    if reasons:
+        raise CheckpointError(
+            f"No checkpoint under {root} can be loaded:\n  "
+            + "\n  ".join(reasons)
+            + "\nPut a good copy back, or delete "
+            "that folder to start again from step 0."
+        )
+    return None
+
+
+def sweep(root: Path) -> None:
+    """Remove what a crashed save left behind. For one process to call, before anybody saves."""
+    for path in root.glob(".staging-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(root: Path, limit: int | None) -> None:
+    """Keep the `limit` newest checkpoints, at least two: the newest may be hit by a fault that its writing missed."""
+    if limit is None:
+        return
+    for step in steps(root)[max(limit, 2) :]:
+        shutil.rmtree(checkpoint_directory(root, step), ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value

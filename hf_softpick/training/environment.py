@@ -1,0 +1,77 @@
+"""What a run ran on: versions, machine and commit, for environment.json, manifests and model cards. No secrets."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "hf_softpick torch transformers accelerate datasets tokenizers safetensors deepspeed triton numpy pydantic".split()
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this package runs from, with "+changes" where files differ; None when installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def describe(strategy: str, world_size: int) -> dict[str, Any]:
+    """This launch: when, with what command, on what. Environment variables are not recorded, they may hold tokens."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv[1:],
+        "strategy": strategy,
+        "processes": world_size,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+def record_launch(path: Path, launch: dict[str, Any]) -> None:
+    """Append `launch` to the list in environment.json: a resumed run may go on under other versions."""
+    launches: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
+        except (ValueError, KeyError, TypeError):
+            launches = []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"launches": [*launches, launch]}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

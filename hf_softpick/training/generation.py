@@ -1,0 +1,48 @@
+"""Text samples during and after training."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def sample_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    add_bos: bool,
+    seed: int = 0,
+) -> list[dict[str, str]]:
+    """One continuation for each prompt, drawn with temperature 0.8 out of the 50 likeliest tokens.
+
+    The same for the same weights and seed; the random state of training is left as it was.
+
+    Returns:
+        {"prompt": ..., "text": prompt and continuation}, in the order of the prompts.
+    """
+    training = model.training
+    model.eval()
+    samples = []
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            for prompt in prompts:
+                ids = tokenizer(prompt, add_special_tokens=False).input_ids
+                if tokenizer.bos_token_id is not None and (add_bos or not ids):
+                    ids = [tokenizer.bos_token_id, *ids]
+                inputs = torch.tensor([ids], device=model.device)
+                output = model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=True,
+                    temperature=0.8,
+                    top_k=50,
+                    use_cache=True,
+                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                )
+                samples.append({"prompt": prompt, "text": tokenizer.decode(output[0], skip_special_tokens=True)})
+    finally:
+        model.train(training)
+    return samples

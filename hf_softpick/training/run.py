@@ -1,0 +1,202 @@
+"""One run from recipe to finished model: the order of its parts, and nothing that one of them could do itself."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_softpick.data.collating import PackedCollator
+from hf_softpick.data.preparing import PreparedData, prepare_data
+from hf_softpick.errors import Stopped, StorageError
+from hf_softpick.training import environment, resume, strategy
+from hf_softpick.training.arguments import global_batch, training_arguments
+from hf_softpick.training.build import build_model
+from hf_softpick.training.callbacks import MetricsLog, Progress, Samples
+from hf_softpick.training.finalize import write_final
+from hf_softpick.training.generation import sample_texts
+from hf_softpick.training.metrics import MetricsFile
+from hf_softpick.training.plots import plot_losses
+from hf_softpick.training.push import push
+from hf_softpick.training.recipe import Recipe, dump_recipe
+from hf_softpick.training.trainer import SoftpickTrainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: its folder, its last step, and the measured results."""
+
+    directory: Path
+    step: int
+    results: dict[str, Any]
+
+
+def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
+    """Train as `recipe` says, or go on where the same recipe stopped. Every process of a launch calls this.
+
+    Args:
+        debug: let transformers log what it does.
+
+    Raises:
+        UserError: one of its classes, for everything that a user can put right.
+    """
+    main = strategy.is_main()
+    step = resume.finished_step(recipe)
+    if step is not None:
+        if main:
+            print(f"{recipe.run.directory}: already finished at step {step}; nothing to do.")
+        return RunResult(recipe.run.directory, step, {})
+    asked = strategy.asked_for(os.environ, recipe.training.arguments)
+    strategy.check_precision(os.environ, recipe.training.arguments)
+    args = training_arguments(recipe)
+    active = strategy.check(asked, args)
+    data = prepare_data(recipe.data, recipe.tokenizer, progress=main and not args.disable_tqdm)
+    data.require_rows(global_batch(args))
+    facts = {
+        "identity": resume.identity(recipe),
+        "data": data.directory.name,
+        "strategy": active,
+        "world_size": args.world_size,
+        "global_batch": global_batch(args),
+        "per_device_batch": args.per_device_train_batch_size,
+        "versions": environment.versions(),
+    }
+    _prepare_folder(recipe, environment.describe(active, args.world_size), main)
+    checkpoint = resume.find_checkpoint(Path(args.output_dir), main, args.world_size)
+    if checkpoint is not None:
+        manifest = resume.check_resume(checkpoint, facts, recipe.run.directory)
+        if main:
+            print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
+    trainer = _make_trainer(recipe, args, data, facts)
+    trainer.stop.install()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    finally:
+        trainer.stop.restore()
+    step = trainer.state.global_step
+    if main:
+        records = trainer.metrics.read()
+        plot_losses(records, recipe.run.directory / "report" / "loss.png", recipe.run.name)
+    if step < trainer.state.max_steps:
+        saved = resume.checkpointing.steps(Path(args.output_dir))
+        raise Stopped(
+            f"Stopped by a signal at step {step} of {trainer.state.max_steps}, saved as checkpoint-{saved[0]}. "
+            "Run the same command again to go on."
+        )
+    return _finish(trainer, recipe, data)
+
+
+def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
+    """The run folder with recipe.yaml and environment.json, and where the reporters of transformers put their files."""
+    directory = recipe.run.directory
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory / "tensorboard"))
+    os.environ.setdefault("WANDB_DIR", str(directory))
+    os.environ.setdefault("WANDB_PROJECT", "hf_softpick")
+    # A resumed run goes on in the same wandb run instead of opening another one.
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    if not main:
+        return
+    try:
+        for folder in (directory / "checkpoints", directory / "report"):
+            folder.mkdir(parents=True, exist_ok=True)
+        run_id = directory / "report" / "wandb_run_id"
+        if not run_id.exists():
+            run_id.write_text(os.urandom(6).hex(), encoding="utf-8")
+        os.environ.setdefault("WANDB_RUN_ID", run_id.read_text(encoding="utf-8").strip())
+        environment.record_launch(directory / "environment.json", launch)
+    except OSError as error:
+        raise StorageError(
+            f"{directory} cannot be written: {error}. Choose another run.root, or make room."
+        ) from error
+    dump_recipe(recipe, directory / "recipe.yaml")
+
+
+def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str, Any]) -> SoftpickTrainer:
+    model = build_model(recipe.model, data.tokenizer, args.seed)
+    # Whole global batches only: every step then means the same on any number of processes.
+    rows = len(data.train) // global_batch(args) * global_batch(args)
+    validation = data.validation
+    if validation is not None and recipe.eval.max_rows is not None:
+        validation = Subset(validation, range(min(recipe.eval.max_rows, len(validation))))
+    if not validation:
+        args.eval_strategy, validation = IntervalStrategy.NO, None
+    metrics = MetricsFile(recipe.run.directory / "metrics.jsonl")
+    trainer = SoftpickTrainer(
+        model=model,
+        args=args,
+        train_dataset=Subset(data.train, range(rows)),
+        eval_dataset=validation,
+        data_collator=PackedCollator(),
+        processing_class=data.tokenizer,
+        metrics=metrics,
+        max_consecutive_skips=recipe.training.max_consecutive_skips,
+        manifest_facts=facts,
+        callbacks=[MetricsLog(metrics), Progress(show_bar=not args.disable_tqdm)],
+    )
+    trainer.add_callback(
+        Samples(lambda step: write_samples(trainer, recipe, data.tokenizer, step), recipe.eval.generate_every)
+    )
+    return trainer
+
+
+def write_samples(
+    trainer: SoftpickTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int
+) -> list[dict[str, str]]:
+    """Generate one text for each prompt and append them to report/samples.jsonl. All ranks call this."""
+    sharded = trainer.is_deepspeed_enabled
+    samples: list[dict[str, str]] = []
+    with trainer.clock.paused():
+        if sharded or trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+            add_bos = recipe.tokenizer.add_bos
+            samples = sample_texts(model, tokenizer, recipe.eval.prompts, recipe.eval.max_new_tokens, add_bos)
+        if trainer.is_world_process_zero():
+            path = recipe.run.directory / "report" / "samples.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+    return samples
+
+
+def _finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> RunResult:
+    """The end of a run that trained all its steps: last evaluation, samples, final/, upload."""
+    directory, step = recipe.run.directory, trainer.state.global_step
+    evaluation = trainer.final_evaluation()
+    samples = write_samples(trainer, recipe, data.tokenizer, step)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results = {
+        "step": step,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "train_loss": losses[-1] if losses else math.nan,
+        **evaluation,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+    }
+    final = write_final(trainer, recipe, dict(results), data.report)
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.metrics.read(), directory / "report" / "loss.png", recipe.run.name)
+        resume.write_finished(recipe, step, results)
+        _print_end(directory, results, samples, len(data.tokenizer))
+        hub = recipe.training.arguments
+        if hub.get("push_to_hub"):
+            repo = hub.get("hub_model_id") or recipe.run.name
+            print("Uploaded:", push(final, repo, hub.get("hub_private_repo", True), hub.get("hub_revision")))
+    trainer.accelerator.wait_for_everyone()
+    return RunResult(directory, step, results)
+
+
+def _print_end(directory: Path, results: dict[str, Any], samples: list[dict[str, str]], vocabulary: int) -> None:
+    if samples:
+        print(f"\nSample for {samples[0]['prompt']!r}:\n{samples[0]['text']}\n")
+    if "eval_loss" in results:
+        print(
+            f"Validation loss {results['eval_loss']:.4f} nats a token; ln(vocabulary size) is {math.log(vocabulary):.4f}."
+        )
+    print(
+        f"Run folder: {directory}  (model: {directory / 'final'}, loss plot: {directory / 'report' / 'loss.png'})",
+        flush=True,
+    )

@@ -1,0 +1,93 @@
+"""How the work is spread over processes: what was asked for, what is in force, and an error where they differ."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_softpick.errors import RecipeError
+
+
+def asked_for(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Strategies that the launcher's environment or the recipe names, each with who named it.
+
+    To be read before TrainingArguments exists, which changes the environment.
+    """
+    found = {}
+    for strategy in ("fsdp", "deepspeed"):
+        if environment.get(f"ACCELERATE_USE_{strategy.upper()}", "false").lower() in ("true", "1"):
+            found[strategy] = "the accelerate configuration"
+        if arguments.get(strategy):
+            found[strategy] = f"training.{strategy}"
+    return found
+
+
+def check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+    """Refuse a precision from the launcher that the recipe would silently overwrite."""
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = next((name for name in ("bf16", "fp16") if arguments.get(name)), None)
+    if launched != "no" and wanted not in (None, launched):
+        raise RecipeError(
+            f"The launcher asks for mixed precision '{launched}' and the recipe for training.{wanted}=true, which would "
+            f"win without a word. Leave training.{wanted} out, or launch with --mixed_precision {wanted}."
+        )
+
+
+def in_force(args: TrainingArguments) -> str:
+    """The strategy that this process runs under: one of 'one process', 'ddp', 'zero1', 'zero2', 'zero3'."""
+    if args.deepspeed_plugin is not None:
+        return f"zero{args.deepspeed_plugin.zero_stage}"
+    return "ddp" if args.world_size > 1 else "one process"
+
+
+def check(asked: Mapping[str, str], args: TrainingArguments) -> str:
+    """The strategy in force.
+
+    Raises:
+        RecipeError: another one was asked for, or it cannot do what every run here promises.
+    """
+    active = in_force(args)
+    if "fsdp" in asked:
+        device = args.device.type
+        why = (
+            f"in force is {active} on {device}: accelerate has FSDP on accelerators only and ignores it elsewhere"
+            if device == "cpu"
+            else "it is not supported yet: its saved models would miss files"
+        )
+        raise RecipeError(
+            f"FSDP was asked for by {asked['fsdp']}, but {why}. Use recipes/accelerate/zero3.yaml (shards, on CPU too) "
+            "or recipes/accelerate/ddp.yaml."
+        )
+    if "deepspeed" in asked and not active.startswith("zero"):
+        raise RecipeError(f"DeepSpeed was asked for by {asked['deepspeed']}, but {active} is in force.")
+    if args.n_gpu > 1:
+        raise RecipeError(
+            f"One process sees {args.n_gpu} GPUs. Start one process for each: accelerate launch --num_processes "
+            f"{args.n_gpu} -m hf_softpick.train ...; or set CUDA_VISIBLE_DEVICES=0."
+        )
+    if active.startswith("zero"):
+        _check_deepspeed(args)
+    return active
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    plugin = args.deepspeed_plugin
+    if plugin.zero_stage == 0:
+        raise RecipeError(
+            "DeepSpeed with ZeRO stage 0 shards nothing and cannot refuse a non-finite update. Use "
+            "recipes/accelerate/ddp.yaml instead, or stage 1, 2 or 3."
+        )
+    if plugin.zero_stage == 3 and not plugin.hf_ds_config.is_true(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ):
+        raise RecipeError(
+            "DeepSpeed ZeRO-3 without zero_optimization.stage3_gather_16bit_weights_on_model_save (accelerate: "
+            "zero3_save_16bit_model) would write a final/ without weights. Set it to true, as in "
+            "recipes/deepspeed/zero3.json."
+        )
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks for all, also before torch.distributed is there."""
+    return int(os.environ.get("RANK", "0")) == 0
