@@ -1,4 +1,4 @@
-"""Command line of training: accelerate launch -m hf_softpick.train RECIPE [section.key=value ...]. Parses, calls, exits."""
+"""Command line of training, `accelerate launch -m hf_softpick.train RECIPE [section.key=value ...]`: parse, call, exit."""
 
 import argparse
 import os

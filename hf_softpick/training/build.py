@@ -61,7 +61,7 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
 
 
 def is_foreign(config: object) -> bool:
-    """Whether the architecture is not ours, so that its configuration cannot say which normalizer it was trained with."""
+    """Whether the architecture is not ours, so that its configuration has no place for the normalizer."""
     return getattr(config, "model_type", None) != SoftpickConfig.model_type
 
 
@@ -76,7 +76,7 @@ def foreign_attention(settings: ModelSettings) -> str | None:
         )
     if settings.normalizer.startswith("scaled_"):
         raise RecipeError(
-            f"model.normalizer '{settings.normalizer}' has parameters of its own, which {settings.from_} has no place for. "
-            "Use softpick or rectified_softmax, or train a new model."
+            f"model.normalizer '{settings.normalizer}' has parameters of its own, and {settings.from_} has no place for "
+            "them. Use softpick or rectified_softmax, or train a new model."
         )
     return settings.normalizer

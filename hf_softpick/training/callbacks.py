@@ -69,7 +69,7 @@ class MetricsLog(TrainerCallback):
 
 
 def line(step: int, logs: dict[str, Any]) -> str:
-    """One log record for a person: `step 20  loss 4.1234  grad 0.81  lr 3.00e-04  12.3k tok/s  ETA 0:02:11  1.4 GiB`."""
+    """One log record for a person: `step 20  loss 4.1234  grad 0.81  lr 3.00e-04  12,345 tok/s  ETA 0:02:11`."""
     shown = (
         ("loss", "loss {:.4f}"),
         ("eval_loss", "validation loss {:.4f}"),

@@ -31,8 +31,11 @@ def checkpoint_directory(root: Path, step: int) -> Path:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

@@ -48,8 +48,8 @@ def write_final(
         model.config.use_cache = False
     if any(trainer._agree(fault is not None)):
         raise StorageError(
-            f"{final} could not be written: {fault or 'it failed on another rank'}. The last checkpoint is kept; make room "
-            "and run the same command again."
+            f"{final} could not be written: {fault or 'it failed on another rank'}. The last checkpoint is kept; "
+            "make room and run the same command again."
         )
     return final
 
@@ -57,8 +57,8 @@ def write_final(
 def _complete(staging: Path, model: Any, recipe: Recipe, results: dict[str, Any], data_report: dict[str, Any]) -> None:
     foreign = is_foreign(model.config)
     if foreign and recipe.model.normalizer != "softmax":
-        # transformers never saves which attention a model ran with. With this name in it, loading without the package is
-        # an error instead of a silent softmax.
+        # transformers never saves which attention a model ran with. With this name in it, loading without the package
+        # is an error instead of a silent softmax.
         path = staging / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["attn_implementation"] = foreign_attention(recipe.model)

@@ -38,8 +38,8 @@ def device_peak(bf16: bool) -> float | None:
 def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> float:
     """Forward and backward FLOPs of one token in a row of `seq_len`: 6 N + 12 L H D T.
 
-    N counts every weight that multiplies something: the embedding lookup does not, the output head does, once more when
-    it is tied. The attention term is the usual convention (PaLM, appendix B), which does not halve for causality.
+    N counts every weight that multiplies something: the embedding lookup does not, the output head does, tied or not.
+    The attention term is the usual convention (PaLM, appendix B), which does not halve for causality.
     """
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     embeddings = model.get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""README.md of a finished model: what it is, how to load it, what it was trained on, and what must not be done with it."""
+"""README.md of a finished model: what it is, how to load it, what it was trained on, what must not be done with it."""
 
 import json
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 from hf_softpick.training.recipe import Recipe
 
 _WARNING = """\
-> **The weights belong to {normalizer} attention.** Loading them into a model that computes softmax (a plain Llama class,
-> `attn_implementation="sdpa"` or `"flash_attention_2"`, an engine that converts checkpoints) gives text without an error
-> message and wrong numbers. `trust_remote_code=True`, or an installed hf_softpick, computes what was trained.
+> **The weights belong to {normalizer} attention.** Loading them into a model that computes softmax (a plain Llama
+> class, `attn_implementation="sdpa"` or `"flash_attention_2"`, an engine that converts checkpoints) gives text without
+> an error message, and wrong numbers. `trust_remote_code=True`, or an installed hf_softpick, computes what was trained.
 """
 
 _SOFTMAX = "> The attention is ordinary softmax; any implementation computes what was trained.\n"
@@ -42,7 +42,8 @@ def model_card(
             "---",
             f"# {recipe.run.name}",
             "",
-            f"A causal language model with {parameters:,} parameters and {normalizer} attention, trained with hf_softpick.",
+            f"A causal language model with {parameters:,} parameters and {normalizer} attention, trained with "
+            "hf_softpick.",
             "",
             _SOFTMAX if normalizer == "softmax" else _WARNING.format(normalizer=normalizer),
             "## Load",

@@ -69,8 +69,8 @@ class SkipGuard:
         """Raise NumericsError when more than `max_consecutive` updates in a row were refused."""
         if self.consecutive > self.max_consecutive:
             raise NumericsError(
-                f"{self.consecutive} updates in a row had a {self.last['reason']} (last: step {self.last['step']}, ranks "
-                f"{self.last['ranks']}); training.max_consecutive_skips allows {self.max_consecutive}. None of them was "
-                f"applied. {checkpoint_hint} Lower training.learning_rate, check the data around this step, or use "
+                f"{self.consecutive} updates in a row had a {self.last['reason']} (last: step {self.last['step']}, "
+                f"ranks {self.last['ranks']}); training.max_consecutive_skips allows {self.max_consecutive}. None of "
+                f"them was applied. {checkpoint_hint} Lower training.learning_rate, check the data around this step, or use "
                 "float32 (training.bf16=false)."
             )

@@ -51,7 +51,7 @@ def push(final: Path, repo_id: str, private: bool = True, revision: str | None =
         command += [f"--revision {revision}"] if revision else []
         first_line = str(error).strip().split("\n")[0]
         raise HubError(
-            f"Training is finished and saved in {final}, but uploading it to {repo_id} failed: {type(error).__name__}: "
-            f"{first_line}\nTo upload it later: {' '.join(command)}"
+            f"Training is finished and saved in {final}, but uploading it to {repo_id} failed: "
+            f"{type(error).__name__}: {first_line}\nTo upload it later: {' '.join(command)}"
         ) from error
     return str(commit.commit_url)

@@ -112,8 +112,8 @@ def check_resume(checkpoint: Path, facts: dict[str, Any], run: Path) -> dict[str
     )
     if before != now or (now != "replicated" and manifest["world_size"] != facts["world_size"]):
         raise RecipeError(
-            f"{checkpoint} was written by {manifest['world_size']} processes under {manifest['strategy']} and cannot be "
-            f"loaded by {facts['world_size']} under {facts['strategy']}. Launch it as it was launched before."
+            f"{checkpoint} was written by {manifest['world_size']} processes under {manifest['strategy']} and cannot "
+            f"be loaded by {facts['world_size']} under {facts['strategy']}. Launch it as it was launched before."
         )
     return manifest
 
@@ -133,10 +133,11 @@ def _batch_message(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, 
     advice = (
         f"training.gradient_accumulation_steps={before // rows} restores it"
         if before % rows == 0
-        else f"choose training.per_device_train_batch_size and gradient_accumulation_steps so that their product times "
-        f"{facts['world_size']} processes is {before}"
+        else "choose training.per_device_train_batch_size and gradient_accumulation_steps so that their product "
+        f"times {facts['world_size']} processes is {before}"
     )
     return (
-        f"{checkpoint} was trained with a global batch of {before} rows ({manifest['world_size']} processes), this launch "
-        f"has {now} ({facts['world_size']} processes). Data order and learning rate would mean something else; {advice}."
+        f"{checkpoint} was trained with a global batch of {before} rows ({manifest['world_size']} processes), this "
+        f"launch has {now} ({facts['world_size']} processes). Data order and learning rate would mean something else; "
+        f"{advice}."
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
@@ -51,6 +52,8 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
         if main:
             print(f"{recipe.run.directory}: already finished at step {step}; nothing to do.")
         return RunResult(recipe.run.directory, step, {})
+    if not debug:
+        transformers.logging.disable_progress_bar()  # One bar, that of the training steps, is enough.
     asked = strategy.asked_for(os.environ, recipe.training.arguments)
     strategy.check_precision(os.environ, recipe.training.arguments)
     args = training_arguments(recipe)
@@ -92,7 +95,7 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
 
 
 def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
-    """The run folder with recipe.yaml and environment.json, and where the reporters of transformers put their files."""
+    """The run folder with recipe.yaml and environment.json, and where transformers' reporters put their files."""
     directory = recipe.run.directory
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory / "tensorboard"))
     os.environ.setdefault("WANDB_DIR", str(directory))
@@ -193,10 +196,8 @@ def _print_end(directory: Path, results: dict[str, Any], samples: list[dict[str,
     if samples:
         print(f"\nSample for {samples[0]['prompt']!r}:\n{samples[0]['text']}\n")
     if "eval_loss" in results:
-        print(
-            f"Validation loss {results['eval_loss']:.4f} nats a token; ln(vocabulary size) is {math.log(vocabulary):.4f}."
-        )
-    print(
-        f"Run folder: {directory}  (model: {directory / 'final'}, loss plot: {directory / 'report' / 'loss.png'})",
-        flush=True,
-    )
+        uniform = math.log(vocabulary)
+        print(f"Validation loss {results['eval_loss']:.4f} nats a token; ln(vocabulary size) is {uniform:.4f}.")
+    print(f"Loss plot: {directory / 'report' / 'loss.png'}")
+    print(f"Model: {directory / 'final'}")
+    print(f"Run folder: {directory}", flush=True)

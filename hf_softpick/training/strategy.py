@@ -29,8 +29,8 @@ def check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any]
     wanted = next((name for name in ("bf16", "fp16") if arguments.get(name)), None)
     if launched != "no" and wanted not in (None, launched):
         raise RecipeError(
-            f"The launcher asks for mixed precision '{launched}' and the recipe for training.{wanted}=true, which would "
-            f"win without a word. Leave training.{wanted} out, or launch with --mixed_precision {wanted}."
+            f"The launcher asks for mixed precision '{launched}' and the recipe for training.{wanted}=true, which "
+            f"would win without a word. Leave training.{wanted} out, or launch with --mixed_precision {wanted}."
         )
 
 
@@ -56,8 +56,8 @@ def check(asked: Mapping[str, str], args: TrainingArguments) -> str:
             else "it is not supported yet: its saved models would miss files"
         )
         raise RecipeError(
-            f"FSDP was asked for by {asked['fsdp']}, but {why}. Use recipes/accelerate/zero3.yaml (shards, on CPU too) "
-            "or recipes/accelerate/ddp.yaml."
+            f"FSDP was asked for by {asked['fsdp']}, but {why}. Use recipes/accelerate/zero3.yaml (shards, on CPU "
+            "too) or recipes/accelerate/ddp.yaml."
         )
     if "deepspeed" in asked and not active.startswith("zero"):
         raise RecipeError(f"DeepSpeed was asked for by {asked['deepspeed']}, but {active} is in force.")

@@ -86,7 +86,7 @@ class SoftpickTrainer(Trainer):
         """The model's loss; NaN instead when this update must not be applied."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # The outputs (logits) must not outlive this call unless they are needed: they are the largest tensor of a step.
+        # The logits are the largest tensor of a step: they must not outlive this call unless they are needed.
         wanted = return_outputs or self.no_targets
         result = super().compute_loss(model, inputs, wanted, num_items_in_batch)
         loss, outputs = result if wanted else (result, None)
@@ -199,7 +199,7 @@ class SoftpickTrainer(Trainer):
         return metrics
 
     def final_evaluation(self) -> dict[str, float]:
-        """The evaluation at the present step, made now unless training has just made it; {} without a validation set."""
+        """The evaluation at the present step, made now unless training has just made it; {} without a set."""
         if self.eval_dataset is None:
             return {}
         step, metrics = self.evaluated
@@ -211,7 +211,7 @@ class SoftpickTrainer(Trainer):
         return self.flops_per_token * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replace the base class's loss by ours (applied updates only) and add what a person watching wants to know."""
+        """Replace the base class's loss by ours (applied updates only) and add what a person watching asks for."""
         if "loss" in logs:
             logs.update(self._window())
         if "train_loss" in logs:
@@ -298,8 +298,8 @@ class SoftpickTrainer(Trainer):
             shutil.rmtree(self.staging, ignore_errors=True)
         good = checkpointing.steps(root)
         raise StorageError(
-            f"The checkpoint of step {step} could not be written under {root}: {fault or 'it failed on another rank'}. "
-            f"{shutil.disk_usage(root).free / 2**30:.1f} GiB are free there. "
+            f"The checkpoint of step {step} could not be written under {root}: "
+            f"{fault or 'it failed on another rank'}. {shutil.disk_usage(root).free / 2**30:.1f} GiB are free there. "
             + (f"The last good checkpoint is step {good[0]}; " if good else "There is no older checkpoint; ")
             + "make room and run the same command again."
         )
