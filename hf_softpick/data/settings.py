@@ -1,4 +1,6 @@
-"""What a recipe says of data and tokenizer, as validated objects. Imports pydantic alone, so that recipes check fast."""
+"""What a recipe says of data and tokenizer, as validated objects. Imports pydantic alone: recipes check fast."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,14 +12,14 @@ class Section(BaseModel):
 
 
 class SourceSettings(Section):
-    """One text source: `stdlib`, a local .jsonl/.json/.parquet/.txt file, glob or folder, or `load_dataset` arguments."""
+    """One text source: `stdlib`, a local .jsonl/.json/.parquet/.txt file, glob, folder, or `load_dataset` options."""
 
-    path: str
+    path: str = Field(min_length=1)
     name: str | None = None
     split: str = "train"
     revision: str | None = None
     data_files: str | list[str] | None = None
-    text_column: str = "text"
+    text_column: str = Field(default="text", min_length=1)
     weight: float = Field(default=1.0, gt=0)
     max_documents: int | None = Field(default=None, ge=1)
 
@@ -25,7 +27,7 @@ class SourceSettings(Section):
 class TokenizerSettings(Section):
     """Exactly one of `from` (any Hugging Face tokenizer) and `train_bpe` (vocabulary size of a byte-level BPE)."""
 
-    from_: str | None = Field(default=None, alias="from")
+    from_: str | None = Field(default=None, alias="from", min_length=1)
     revision: str | None = None
     train_bpe: int | None = Field(default=None, ge=260)
     add_bos: bool = True
@@ -43,9 +45,9 @@ class DataSettings(Section):
 
     seq_len: int = Field(ge=8)
     sources: list[SourceSettings] = Field(default_factory=lambda: [SourceSettings(path="stdlib")], min_length=1)
-    packing: str = "best_fit"
+    packing: Literal["best_fit"] = "best_fit"
     isolate_documents: bool = True
     validation: float = Field(default=0.005, ge=0, lt=1)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     num_proc: int | None = Field(default=None, ge=1)
     cache_dir: str | None = None

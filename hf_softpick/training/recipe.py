@@ -1,7 +1,7 @@
 """The recipe: one strict YAML file that says everything about a run. Imports neither torch nor transformers.
 
-recipe_text.py reads the text, recipe_model.py and recipe_arguments.py hold the sections `model:` and `training:`, recipe_errors.py words what
-is wrong.
+recipe_text.py reads the text, recipe_model.py and recipe_arguments.py hold the sections `model:` and `training:`,
+recipe_errors.py words what is wrong.
 """
 
 import os
@@ -19,7 +19,7 @@ from ..errors import RecipeError, StorageError
 from .recipe_arguments import TrainingSettings
 from .recipe_errors import find_secrets, word_error
 from .recipe_model import ModelSettings, Problem, check_model
-from .recipe_text import Document, apply_override, dotted, read_document
+from .recipe_text import apply_override, dotted, read_document
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 
@@ -89,7 +89,7 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Everything as plain values, defaults included; `load_recipe` reads it back to an equal recipe."""
         sections = self.model_dump(by_alias=True, exclude={"training"})
-        training = {"max_consecutive_skips": self.training.max_consecutive_skips, **self.training.arguments}
+        training = {"max_consecutive_skips": self.training.max_consecutive_skips, **self.training.written}
         sections["model"] = {name: value for name, value in sections["model"].items() if value is not None}
         if "rope_parameters" in sections["model"]:
             sections["model"]["rope_parameters"] = self.model.rope_parameters.model_dump(exclude_none=True)
@@ -110,16 +110,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document = read_document(path)
     for override in overrides:
         apply_override(document, override)
-    problems = document.problems + find_secrets(document)
-    if problems:
-        raise RecipeError("\n".join(problems))
+    problems = document.problems | find_secrets(document)
     try:
         recipe = Recipe.model_validate(document.data, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise RecipeError("\n".join(word_error(error, document, Recipe))) from None
-    problems = [f"{_place(document, where)}: {dotted(where)} {what}" for where, what in _check(recipe)]
+        problems = word_error(error, document, Recipe) | problems
+    if not problems:
+        problems = {path: f"{document.place(path)}: {dotted(path)} {what}" for path, what in _check(recipe)}
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError("\n".join(problems.values()))
     return recipe
 
 
@@ -144,10 +143,6 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
         raise StorageError(f"{path}: the recipe cannot be written: {error.strerror}") from None
 
 
-def _place(document: Document, path: tuple[str | int, ...]) -> str:
-    return document.place(path)
-
-
 def _check(recipe: Recipe) -> Iterator[Problem]:
     """What does not fit together, across keys and sections."""
     yield from check_model(recipe.model)
@@ -163,7 +158,8 @@ def _check_lengths(recipe: Recipe) -> Iterator[Problem]:
     if longest is not None and seq_len > longest and not scaled:
         yield (
             ("data", "seq_len"),
-            f"is {seq_len}, longer than model.max_position_embeddings = {longest}; raise that, or scale model.rope_parameters",
+            f"is {seq_len}, longer than model.max_position_embeddings = {longest};"
+            " raise that, or scale model.rope_parameters",
         )
     vocabulary = recipe.tokenizer.train_bpe
     if vocabulary is not None and model.vocab_size is not None and model.vocab_size < vocabulary:
@@ -174,12 +170,12 @@ def _check_lengths(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_training(recipe: Recipe) -> Iterator[Problem]:
-    given = recipe.training.arguments
+    given = recipe.training.written
     if ("max_steps" in given) == ("num_train_epochs" in given):
         what = "and num_train_epochs are both given" if "max_steps" in given else "is missing"
         yield (
             ("training", "max_steps"),
-            f"{what}; say how long to train by exactly one of max_steps and num_train_epochs",
+            f"{what}; say how long to train by one of max_steps and num_train_epochs",
         )
     if given.get("bf16") and given.get("fp16"):
         yield ("training", "fp16"), "is true beside training.bf16; choose one"

@@ -1,7 +1,7 @@
 """The `training:` section: transformers.TrainingArguments, verbatim, plus our own few settings.
 
-Names and types are read from the installed transformers' source without importing it, so that a recipe is checked in milliseconds and against
-the version that will run it. Ranges, and what a recipe may not set, are ours.
+Names and types are read from the installed transformers' source without importing it, so that a recipe is checked in
+milliseconds and against the version that will run it. Ranges, and what a recipe may not set, are ours.
 """
 
 import ast
@@ -63,7 +63,7 @@ EXAMPLES: dict[str, Any] = {"learning_rate": "3e-4", "adam_epsilon": "1e-8", "wa
 
 _OWN_EVALUATION = "evaluation is token-weighted and planned by the section 'eval:' (eval.every, eval.max_rows)"
 _OWN_ROWS = "rows are packed by the section 'data:' and all have the same length and columns"
-_OWN_PUSH = "training never uploads; upload the finished folder with `hf upload REPO RUN/final`"
+_OWN_PUSH = "the finished folder is uploaded once, at the end (push_to_hub, hub_model_id, hub_private_repo)"
 
 REFUSED: dict[str, str] = {
     "output_dir": "the run folder is run.root/run.name",
@@ -81,6 +81,9 @@ REFUSED: dict[str, str] = {
     "include_num_input_tokens_seen": "tokens are always counted and logged",
     "enable_jit_checkpoint": "signals are handled by the trainer itself",
     "parallelism_config": "the launcher's configuration file says how to distribute",
+    "hub_strategy": _OWN_PUSH,
+    "hub_always_push": _OWN_PUSH,
+    "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint by itself",
     "local_rank": "the launcher (accelerate, torchrun, deepspeed) sets it",
     "do_train": "the command says what is done",
     "do_eval": "the command says what is done",
@@ -93,12 +96,9 @@ REFUSED: dict[str, str] = {
     "trackio_static_space_id": "report_to knows tensorboard and wandb",
 } | {
     name: _OWN_EVALUATION
-    for name in "eval_strategy eval_steps eval_delay eval_on_start evaluation_strategy prediction_loss_only include_for_metrics"
-    " batch_eval_metrics eval_do_concat_batches eval_use_gather_object eval_accumulation_steps".split()
-}
-REFUSED |= {
-    name: _OWN_PUSH
-    for name in "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision".split()
+    for name in "eval_strategy eval_steps eval_delay eval_on_start evaluation_strategy prediction_loss_only"
+    " include_for_metrics batch_eval_metrics eval_do_concat_batches eval_use_gather_object"
+    " eval_accumulation_steps".split()
 }
 
 # Anywhere in a recipe: it is saved in the run folder, beside what people publish.
@@ -124,6 +124,8 @@ REMOVED: dict[str, str] = {
     "jit_mode_eval": "it is gone from transformers 5",
     "fsdp_min_num_params": "it is gone from transformers 5; write training.fsdp_config: {min_num_params: ...}",
     "fsdp_transformer_layer_cls_to_wrap": "it is gone from transformers 5; write it inside training.fsdp_config",
+    "gradient_checkpointing": "it is called training.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "it is called training.activation_checkpointing_kwargs",
     "lr": "it is called training.learning_rate",
     "steps": "it is called training.max_steps",
     "batch_size": "it is called training.per_device_train_batch_size, rows per device and micro-step",
@@ -134,17 +136,26 @@ REMOVED: dict[str, str] = {
 }
 
 
+# Recipes keep one name over the supported versions of transformers; 5.17 has only the older one.
+_INSTALLED_NAMES: dict[str, str] = {}
+
+
 class _OwnTrainingSettings(Section):
     """What the trainer adds to TrainingArguments."""
 
     max_consecutive_skips: int = Field(default=10, ge=0)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Keywords for transformers.TrainingArguments: what the recipe set, and DEFAULTS."""
+    def written(self) -> dict[str, Any]:
+        """What the recipe set for TrainingArguments, and DEFAULTS, under the names that recipes use."""
         own = _OwnTrainingSettings.model_fields
         names = (name for name in type(self).model_fields if name not in own)
         return {name: getattr(self, name) for name in names if name in self.model_fields_set or name in DEFAULTS}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keywords for the installed transformers.TrainingArguments: what the recipe set, and DEFAULTS."""
+        return {_INSTALLED_NAMES.get(name, name): value for name, value in self.written.items()}
 
 
 @cache
@@ -173,7 +184,7 @@ _PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "Any": Any, "dic
 
 
 def _type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
-    """The type that an annotation of TrainingArguments means; an enum means its values, even where upstream adds `| str`."""
+    """The type that an annotation means; an enum means its values, even where upstream adds `| str`."""
     parts = []
     while isinstance(node, ast.BinOp):
         parts.append(node.right)
@@ -211,12 +222,9 @@ def _fields() -> dict[str, Any]:
     enums = classes | _read_classes("trainer_utils.py") | _read_classes("debug_utils.py")
     del enums["TrainingArguments"]
     fields: dict[str, Any] = {}
+    refused = REFUSED.keys() | SECRETS.keys() | REMOVED.keys()
     for node in classes["TrainingArguments"].body:
-        if (
-            not isinstance(node, ast.AnnAssign)
-            or not isinstance(node.target, ast.Name)
-            or node.target.id in REFUSED | SECRETS
-        ):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)) or node.target.id in refused:
             continue
         name = node.target.id
         kind = TYPES.get(name) or _type(node.annotation, enums)
@@ -225,6 +233,9 @@ def _fields() -> dict[str, Any]:
             bounds = (Ge(0),)
         example = [EXAMPLES[name]] if name in EXAMPLES else None
         fields[name] = (_bounded(kind, bounds or ()), Field(default=DEFAULTS.get(name), examples=example))
+    if "activation_checkpointing" not in fields:
+        _INSTALLED_NAMES["activation_checkpointing"] = "gradient_checkpointing"
+        fields["activation_checkpointing"] = (bool | None, None)
     return fields
 
 

@@ -8,37 +8,44 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..data.settings import Section
 from . import recipe_arguments, recipe_model
 from .recipe_text import Document, KeyPath, dotted, shorten, walk
 
+Schema = type[BaseModel]
+
 _SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*:[^/\s]*@")
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_SIGNS = (
+    (Ge, "ge", ">="),
+    (Gt, "gt", ">"),
+    (Le, "le", "<="),
+    (Lt, "lt", "<"),
+    (MultipleOf, "multiple_of", "a multiple of"),
+)
+_YES, _NO = ("true", "yes", "on", "y"), ("false", "no", "off", "n")
 
 
-def find_secrets(document: Document) -> list[str]:
+def find_secrets(document: Document) -> dict[KeyPath, str]:
     """Keys and values that must not be in a recipe at all. Never repeats the value."""
-    problems = []
+    problems = {}
     for path, value in walk(document.data):
-        key = path[-1] if path else None
-        if isinstance(key, str) and key in recipe_arguments.SECRETS:
-            problems.append(
-                f"{document.place(path, True)}: {dotted(path)} cannot be set: {recipe_arguments.SECRETS[key]}"
-            )
+        reason = recipe_arguments.SECRETS.get(path[-1]) if path and isinstance(path[-1], str) else None
+        if reason:
+            problems[path] = f"{document.place(path, True)}: {dotted(path)} cannot be set: {reason}"
         elif isinstance(value, str) and _SECRET_VALUE.search(value):
-            problems.append(
-                f"{document.place(path)}: {dotted(path)} holds what looks like a token or password; a recipe is saved and shared"
-            )
+            what = "holds what looks like a token or password; a recipe is saved and shared"
+            problems[path] = f"{document.place(path)}: {dotted(path)} {what}"
     return problems
 
 
-def word_error(error: ValidationError, document: Document, schema: type[BaseModel]) -> list[str]:
+def word_error(error: ValidationError, document: Document, schema: Schema) -> dict[KeyPath, str]:
     """One line for each wrong place, in the order of the recipe's sections."""
     lines: dict[KeyPath, str] = {}
     for problem in error.errors(include_url=False, include_context=False):
         path = _real_path(problem["loc"], document, problem["type"] in ("extra_forbidden", "missing"))
         if path not in lines:
             lines[path] = _line(problem, path, document, schema)
-    return list(lines.values())
+    return lines
 
 
 def _real_path(loc: KeyPath, document: Document, keep_last: bool) -> KeyPath:
@@ -47,50 +54,45 @@ def _real_path(loc: KeyPath, document: Document, keep_last: bool) -> KeyPath:
     return (*known, loc[-1]) if keep_last and len(loc) == len(known) + 1 else known
 
 
-def _line(problem: Any, path: KeyPath, document: Document, schema: type[BaseModel]) -> str:
+def _line(problem: Any, path: KeyPath, document: Document, schema: Schema) -> str:
     kind, name = problem["type"], dotted(path) or "the recipe"
     if kind == "extra_forbidden":
         return f"{document.place(path, True)}: {name} {_unknown(path, schema)}"
-    field = _field(path, schema)
+    place, field = document.place(path), _field(path, schema)
     if kind == "missing":
-        return f"{document.place(path)}: {name} is missing, expected {_expected(field)}"
-    if kind == "value_error":
-        return f"{document.place(path)}: {name} is {_given(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{place}: {name} is missing, expected {_expected(field, path)}"
     given = _look_up(document.data, path)
-    return f"{document.place(path)}: {name} is {_given(given)}, expected {_expected(field)}{_hint(given, field)}"
+    if kind == "value_error":
+        return f"{place}: {name} is {_given(given)}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{place}: {name} is {_given(given)}, expected {_expected(field, path)}{_hint(given, field)}"
 
 
-def _unknown(path: KeyPath, schema: type[BaseModel]) -> str:
+def _unknown(path: KeyPath, schema: Schema) -> str:
     section, key = path[:-1], str(path[-1])
-    if section == ("training",):
-        if key in recipe_arguments.REFUSED:
-            return f"cannot be set: {recipe_arguments.REFUSED[key]}"
-        if key in recipe_arguments.REMOVED:
-            return f"is unknown: {recipe_arguments.REMOVED[key]}"
-    if section == ("model",) and key in recipe_model.HINTS:
-        return f"is unknown: {recipe_model.HINTS[key]}"
+    if section == ("training",) and key in recipe_arguments.REFUSED:
+        return f"cannot be set: {recipe_arguments.REFUSED[key]}"
+    hints = {("training",): recipe_arguments.REMOVED, ("model",): recipe_model.HINTS}.get(section, {})
+    if key in hints:
+        return f"is unknown: {hints[key]}"
     known = _keys(_section(section, schema))
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    if close:
-        return f"is unknown; did you mean {dotted((*section, close[0]))}?"
-    for other in _keys(schema):
-        if key in _keys(_section((other,), schema)):
-            return f"is unknown here; it belongs to {other}.{key}"
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if close:
-        return f"is unknown; did you mean {dotted((*section, close[0]))}?"
-    return (
-        f"is unknown; allowed: {', '.join(known)}"
-        if len(known) <= 25
-        else "is unknown; allowed: names of transformers.TrainingArguments"
-    )
+    for cutoff in (0.8, 0.55):
+        close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
+        if close:
+            return f"is unknown; did you mean {dotted((*section, close[0]))}?"
+        # A key in the wrong section is likelier than a typing mistake that is far from everything.
+        for other in _keys(schema):
+            if key in _keys(_section((other,), schema)):
+                return f"is unknown here; it belongs to {other}.{key}"
+    few = len(known) <= 30
+    return f"is unknown; allowed: {', '.join(known) if few else 'the names of transformers.TrainingArguments'}"
 
 
-def _keys(section: type[BaseModel] | None) -> list[str]:
+def _keys(section: Schema | None) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()] if section else []
 
 
-def _field(path: KeyPath, schema: type[BaseModel]) -> FieldInfo | None:
+def _field(path: KeyPath, schema: Schema) -> FieldInfo | None:
+    """The field that decides what may stand at `path`: for something inside a list or mapping, that of the whole."""
     section = _section(path[:-1], schema)
     for name, field in section.model_fields.items() if section else ():
         if (field.alias or name) == path[-1]:
@@ -98,32 +100,33 @@ def _field(path: KeyPath, schema: type[BaseModel]) -> FieldInfo | None:
     return _field(path[:-1], schema) if path else None
 
 
-def _section(path: KeyPath, schema: type[BaseModel] | None) -> type[BaseModel] | None:
+def _section(path: KeyPath, schema: Schema | None) -> Schema | None:
     """The section class that holds what stands at `path`."""
     for key in path:
         if isinstance(key, int):
             continue
         field = next((f for name, f in schema.model_fields.items() if (f.alias or name) == key), None)
-        schema = _section_of(field.annotation) if field else None
+        schema = _section_in(field.annotation) if field else None
         if schema is None:
             return None
     return schema
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def _section_in(annotation: Any) -> Schema | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(_section_of, get_args(annotation))), None)
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
-def _expected(field: FieldInfo | None) -> str:
+def _expected(field: FieldInfo | None, path: KeyPath) -> str:
     if field is None:
         return "the sections model, tokenizer, data, training, eval and run"
-    text = _describe(field.annotation, list(field.metadata))
+    annotation = field.annotation
+    if path and isinstance(path[-1], int):
+        lists = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is list]
+        annotation = get_args(lists[0])[0] if lists else Any
+    text = _describe(annotation, list(field.metadata))
     return text + (f" (for example {field.examples[0]})" if field.examples else "")
-
-
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 def _describe(annotation: Any, bounds: list[Any]) -> str:
@@ -131,53 +134,38 @@ def _describe(annotation: Any, bounds: list[Any]) -> str:
     if hasattr(annotation, "__metadata__"):
         return _describe(args[0], list(annotation.__metadata__))
     if annotation in _NAMES:
-        numeric = annotation in (int, float)
-        return _NAMES[annotation] + (_bounds(bounds) if numeric else "")
+        return _NAMES[annotation] + (_bounds(bounds) if annotation in (int, float) else "")
     if origin is Literal:
-        values = ["true" if value is True else "false" if value is False else str(value) for value in args]
+        values = [_given(value) if isinstance(value, bool) else str(value) for value in args]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
     if origin is list:
         return f"a list, each item {_describe(args[0], [])}"
-    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+    if origin is dict or _section_in(annotation) is annotation:
         return "a mapping of keys to values"
-    if args:
-        return " or ".join(dict.fromkeys(_describe(arg, bounds) for arg in args))
-    return "another value"
+    return " or ".join(dict.fromkeys(_describe(arg, bounds) for arg in args)) or "another value"
 
 
 def _bounds(bounds: list[Any]) -> str:
     found = []
     for bound in bounds:
-        for kind, sign, name in ((Ge, ">=", "ge"), (Gt, ">", "gt"), (Le, "<=", "le"), (Lt, "<", "lt")):
+        for kind, name, sign in _SIGNS:
             if isinstance(bound, kind):
-                found.append(
-                    f"{sign} {getattr(bound, name):g}"
-                    if getattr(bound, name) < 1e6
-                    else f"{sign} {getattr(bound, name)}"
-                )
-        if isinstance(bound, MultipleOf):
-            found.append(f"a multiple of {bound.multiple_of}")
+                found.append(f"{sign} {getattr(bound, name)}")
     return f" {' and '.join(found)}" if found else ""
 
 
 def _hint(given: Any, field: FieldInfo | None) -> str:
     """What a person who wrote this value probably has to change."""
-    kinds = {part for part in (get_args(field.annotation) or (field.annotation,))} if field else set()
-    if (
-        isinstance(given, str)
-        and bool in kinds
-        and given.lower() in ("true", "false", "yes", "no", "on", "off", "y", "n")
-    ):
-        return f"; write {'true' if given.lower() in ('true', 'yes', 'on', 'y') else 'false'}, without quotes"
-    if isinstance(given, str) and {int, float} & kinds:
-        try:
-            float(given)
-        except ValueError:
-            return ""
-        return f"; write {given.replace('_', '')} without quotes or underscores"
+    kinds = set(get_args(field.annotation) or (field.annotation,)) if field else set()
     if isinstance(given, float) and int in kinds and given.is_integer():
         return f"; write {int(given)}"
-    if isinstance(given, str) and field and get_origin(field.annotation) is Literal:
+    if not isinstance(given, str):
+        return ""
+    if bool in kinds and given.lower() in (*_YES, *_NO):
+        return f"; write {'true' if given.lower() in _YES else 'false'}, without quotes"
+    if {int, float} & kinds and re.fullmatch(r"[-+]?[\d_]*\.?[\d_]+([eE][-+]?\d+)?", given):
+        return f"; write {given.replace('_', '')}, without quotes and underscores"
+    if get_origin(field.annotation) is Literal:
         close = difflib.get_close_matches(given, map(str, get_args(field.annotation)), n=1)
         return f"; did you mean {close[0]}?" if close else ""
     return ""
@@ -186,9 +174,7 @@ def _hint(given: Any, field: FieldInfo | None) -> str:
 def _given(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return "a mapping"
-    return shorten(repr(value))
+    return "a mapping" if isinstance(value, dict) else shorten(repr(value))
 
 
 def _look_up(data: Any, path: KeyPath) -> Any:

@@ -1,4 +1,4 @@
-"""The `model:` section: SoftpickConfig's fields, verbatim, or a model to go on from; and what must fit together in it."""
+"""The `model:` section: SoftpickConfig's fields, verbatim, or a model to go on from; and what must fit together."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -97,16 +97,13 @@ class ModelSettings(Section):
     """Added to the unshifted denominator; unset: 1e-6."""
 
     def config_fields(self) -> dict[str, Any]:
-        """Keyword arguments for SoftpickConfig that the recipe decides; the vocabulary is not among them (see `vocab_size`)."""
+        """Keyword arguments for SoftpickConfig that the recipe decides; without the vocabulary, see `vocab_size`."""
         elsewhere = {"from_", "revision", "attn_implementation", "vocab_size"}
         return self.model_dump(exclude=elsewhere, exclude_none=True)
 
 
-_ARCHITECTURE = [
-    name
-    for name in ModelSettings.model_fields
-    if name not in ("from_", "revision", "normalizer", "attn_implementation")
-]
+_OUTSIDE_ARCHITECTURE = {"from_", "revision", "normalizer", "attn_implementation"}
+_ARCHITECTURE = [name for name in ModelSettings.model_fields if name not in _OUTSIDE_ARCHITECTURE]
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 

@@ -1,7 +1,7 @@
 """Reads YAML 1.2 text and dotted overrides into plain values that remember where they stand.
 
-Only the YAML core schema: no tags, no anchors, no merge keys, so that a recipe is data and every value has one place. What the values mean is
-decided in recipe.py.
+Only the YAML core schema: no tags, no anchors, no merge keys, so that a recipe is data and every value has one place.
+What the values mean is decided in recipe.py.
 """
 
 import math
@@ -32,12 +32,12 @@ _CORE_TAGS = {
 
 @dataclass
 class Document:
-    """Plain values, the place of every key and value ("file:line:column" or the override), and the problems found while reading."""
+    """Plain values, the place of each key and value ("file:line:column" or the override), and problems found so far."""
 
     data: dict[str, Any]
     keys: dict[KeyPath, str] = field(default_factory=dict)
     values: dict[KeyPath, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath, of_key: bool = False) -> str:
         """Where `path` stands; for something that is not there, where the section stands that should hold it."""
@@ -71,9 +71,8 @@ def read_document(path: str | Path) -> Document:
     document = Document({}, values={(): f"{path}:1:1"})
     node = _compose(text, str(path))
     if not isinstance(node, MappingNode):
-        raise RecipeError(
-            f"{path}: is {'empty' if node is None else 'not a mapping'}, expected sections such as 'model:', 'data:' and 'training:'"
-        )
+        what = "empty" if node is None else "not a mapping"
+        raise RecipeError(f"{path}: is {what}, expected the sections model, tokenizer, data, training, eval and run")
     document.data = _Builder(document, str(path)).build(node, ())
     return document
 
@@ -81,7 +80,8 @@ def read_document(path: str | Path) -> Document:
 def apply_override(document: Document, text: str) -> None:
     """Set one value from `section.key=value`; the value is YAML, a number in the path is a place in a list."""
     name, equals, value = text.partition("=")
-    where = f"override '{shorten(text)}'"
+    # The name alone: a value that should not be here, such as a token, must not be repeated.
+    where = f"override {shorten(name)}"
     parts = name.split(".")
     if not equals or not all(parts):
         raise RecipeError(f"{where}: expected section.key=value, for example training.max_steps=5")
@@ -118,7 +118,7 @@ class _Builder:
         return f"{self.name}:{mark.line + 1}:{mark.column + 1}" if self.with_lines else self.name
 
     def problem(self, node: Node, path: KeyPath, text: str) -> None:
-        self.document.problems.append(f"{self.place(node)}: {dotted(path) or 'the recipe'} {text}")
+        self.document.problems[path] = f"{self.place(node)}: {dotted(path) or 'the recipe'} {text}"
 
     def build(self, node: Node, path: KeyPath) -> Any:
         if path or not self.with_lines:
