@@ -5,6 +5,7 @@ soon as transformers' own modeling code is imported, whichever comes first.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 import wrapt
@@ -39,16 +40,43 @@ def __dir__() -> list[str]:
 
 def register() -> None:
     """Register attention names, configuration and model classes with transformers. Idempotent, and runs by itself."""
-    importlib.import_module(".modeling.registration", __name__).register_all()
+    global _state
+    _state = "registering"
+    try:
+        importlib.import_module(".modeling.registration", __name__).register_all()
+        _state = "done"
+    finally:
+        if _state != "done":
+            _state = "waiting"
 
 
-def _when_imported(module: str, function: str) -> None:
-    def hook(_):
-        getattr(importlib.import_module(".modeling.registration", __name__), function)()
+def _register_when_ready(_module: object) -> None:
+    """Hook of the modules below. They import each other in circles: while one is half-way, wait for its own hook."""
+    if _state != "waiting":
+        return
+    try:
+        register()
+    except ImportError:
+        if not any(_half_imported(name) for name in _HOOKED):
+            raise
 
-    wrapt.when_imported(module)(hook)
+
+def _half_imported(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
 
-_when_imported("transformers.modeling_utils", "register_attention")
-_when_imported("transformers.models.auto.configuration_auto", "register_config")
-_when_imported("transformers.models.auto.modeling_auto", "register_models")
+_state = "waiting"
+_HOOKED = (
+    "transformers.modeling_utils",
+    "transformers.masking_utils",
+    "transformers.modeling_layers",
+    "transformers.generation.utils",
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.llama.modeling_llama",
+    f"{__name__}.modeling.configuration_softpick",
+    f"{__name__}.modeling.modeling_softpick",
+)
+for _name in _HOOKED:
+    wrapt.when_imported(_name)(_register_when_ready)
