@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_softpick.errors import DataError, StorageError
+from hf_softpick.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _storage_errors(directory: Path) -> Iterator[None]:
             raise StorageError(
                 f"{directory} cannot be written ({error}). Set data.cache_dir to a writable folder."
             ) from error
-        raise DataError(f"preparing {directory} failed: {error}.") from error
+        raise StorageError(f"preparing {directory} failed: {error}.") from error
 
 
 def _finish(staging: Path, manifest: dict[str, Any]) -> None:

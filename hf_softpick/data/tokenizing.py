@@ -95,7 +95,7 @@ def tokenize(
         def finish() -> None:
             batch, future = pending.popleft()
             file.write(writer.join(batch, *future.result()))
-            bar.update(sum(len(piece.text) for piece in batch))
+            bar.update(documents.position - bar.n)
 
         for batch in _batches(documents):
             pending.append((batch, submit([piece.text for piece in batch])))
@@ -123,8 +123,9 @@ class _Documents:
 
     def __init__(self, sources: Sequence[Source], seed: int):
         self.sources = sources
-        self.key = seed.to_bytes(8, "little", signed=True)
+        self.key = str(seed).encode()
         self.num_read = self.num_bytes = 0
+        self.position = 0  # bytes of shards read, as their sizes estimate them
         self.dropped: Counter[str] = Counter()
         self.copies = array("q")
         self.hashes = array("Q")
@@ -133,37 +134,35 @@ class _Documents:
         for index, source in enumerate(self.sources):
             limit = source.settings.max_documents or float("inf")
             taken = 0
+            end_of_source = self.position + sum(shard.num_bytes for shard in source.shards)
             for shard in source.shards:
                 if taken >= limit:
                     break
+                end_of_shard = self.position + shard.num_bytes
                 for record in shard.read():
                     self.num_read += 1
                     text = record.text
+                    self.position = min(end_of_shard, self.position + len(text or ""))
                     if text is None or not text or text.isspace():
                         self.dropped[record.reason or "empty"] += 1
                         continue
                     taken += 1
                     place = f"{shard.label}:{record.number}"
-                    copies = self._remember(text, place, f"{index}:{taken}", source.settings.weight)
-                    if copies:
+                    if self._remember(text, f"{index}:{taken}", source.settings.weight):
                         yield from _pieces(text, place)
                     if taken >= limit:
                         break
+                self.position = end_of_shard
+            self.position = end_of_source
 
-    def _remember(self, text: str, place: str, key: str, weight: float) -> int:
+    def _remember(self, text: str, key: str, weight: float) -> int:
         """How often the weight takes this document: 2.3 is twice, and a third time for 30% by a seeded hash."""
         part = blake2b(key.encode(), digest_size=8, key=self.key).digest()
         copies = int(weight) + (int.from_bytes(part, "little") / 2**64 < weight % 1)
         if not copies:
             self.dropped["weight"] += 1
             return 0
-        try:
-            content = text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{place}: the text holds \\u{ord(text[error.start]):04x}, half of a surrogate pair, which is no "
-                "character. Remove it or export the data again."
-            ) from error
+        content = text.encode()
         self.copies.append(copies)
         self.hashes.append(int.from_bytes(blake2b(content, digest_size=8, key=self.key).digest(), "little"))
         self.num_bytes += len(content)
@@ -175,12 +174,12 @@ class _Writer:
 
     def __init__(self, path: Path, tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings):
         self.vocab_size = len(tokenizer)
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        self.bos = np.array([tokenizer.bos_token_id] if settings.add_bos else [], self.dtype)
-        self.eos = np.array([tokenizer.eos_token_id] if settings.add_eos else [], self.dtype)
+        special = [tokenizer.bos_token_id] * settings.add_bos, [tokenizer.eos_token_id] * settings.add_eos
+        self.max_token_id = max(*special[0], *special[1], 0, 0)
+        self.dtype = np.dtype(np.uint16 if max(self.vocab_size, self.max_token_id) <= 2**16 else np.uint32)
+        self.bos, self.eos = (np.array(token_id, self.dtype) for token_id in special)
         self.lengths, self.has_tokens = array("q"), array("B")
         self.length = 0
-        self.max_token_id = max([*self.bos.tolist(), *self.eos.tolist()], default=0)
 
     def join(self, batch: list[_Piece], ids: np.ndarray, lengths: np.ndarray) -> memoryview:
         """The bytes to write for one batch: `ids` of all pieces, `lengths` per piece."""
@@ -296,7 +295,7 @@ def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 def _progress_bar(sources: Sequence[Source], progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    total = sum(min(1.0, source.settings.weight) * shard.num_bytes for source in sources for shard in source.shards)
+    total = sum(shard.num_bytes for source in sources for shard in source.shards)
     return tqdm(
         total=int(total),
         desc="Tokenizing",

@@ -1,0 +1,190 @@
+"""Documents from files and from `datasets`, and the message for everything that can be wrong with them."""
+
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from hf_softpick.data.settings import SourceSettings
+from hf_softpick.data.sources import open_sources
+from hf_softpick.errors import DataError
+
+TEXTS = ["one", "zwei äöü", "three\nlines\n"]
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, texts, column="text"):
+    pyarrow.parquet.write_table(pyarrow.table({column: texts, "other": list(range(len(texts)))}), path)
+    return path
+
+
+def read(path, **settings):
+    [source] = open_sources([SourceSettings(path=str(path), **settings)])
+    return [record.text for shard in source.shards for record in shard.read()]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])
+def test_formats_give_the_same_documents(tmp_path, name):
+    path = tmp_path / name
+    records = [{"text": text, "other": 1} for text in TEXTS]
+    if name == "a.jsonl":
+        write_jsonl(path, records)
+    elif name == "a.json":
+        path.write_text(json.dumps(records, indent=1))
+    elif name == "a.parquet":
+        write_parquet(path, TEXTS)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
+    assert read(path) == TEXTS
+
+
+def test_json_suffix_with_json_lines(tmp_path):
+    assert read(write_jsonl(tmp_path / "a.json", [{"text": text} for text in TEXTS])) == TEXTS
+
+
+def test_text_file_is_one_document_without_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\n\nb")
+    assert read(tmp_path / "a.txt") == ["a\r\n\nb"]
+
+
+def test_null_and_missing_records_have_a_reason(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"other": 1}, {"text": None}, {"text": "x"}])
+    [source] = open_sources([SourceSettings(path=str(path))])
+    records = list(source.shards[0].read())
+    assert [record.text for record in records] == [None, None, "x"]
+    assert {record.reason for record in records[:2]} == {"null or missing"}
+
+
+def test_glob_and_folder_are_sorted(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "README.md").write_text("not data")
+    assert read(tmp_path) == ["a.txt", "b.txt", "sub/c.txt"]
+    assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+
+
+def test_folder_with_named_splits_gives_only_the_split(tmp_path):
+    """Reading every file of such a folder would train on its test set."""
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", [split])
+    assert read(tmp_path) == ["train"]
+    assert read(tmp_path, split="test") == ["test"]
+    with pytest.raises(DataError, match="no file of split 'validation'.*test.*train"):
+        read(tmp_path, split="validation")
+
+
+def test_load_dataset_arguments(tmp_path):
+    write_parquet(tmp_path / "x.parquet", TEXTS)
+    write_jsonl(tmp_path / "y.jsonl", [{"body": "from json"}])
+    assert read("parquet", data_files=str(tmp_path / "x.parquet")) == TEXTS
+    assert read(tmp_path, data_files="x.parquet", split="train[:2]") == TEXTS[:2]
+    assert read("json", data_files=[str(tmp_path / "y.jsonl")], text_column="body") == ["from json"]
+
+
+def test_load_dataset_identity_follows_the_content(tmp_path):
+    """The fingerprint of `datasets` must be the same in the next call, and another when the file changes."""
+
+    def identity():
+        [source] = open_sources([SourceSettings(path="parquet", data_files=str(tmp_path / "x.parquet"))])
+        return [shard.identity for shard in source.shards]
+
+    write_parquet(tmp_path / "x.parquet", TEXTS)
+    before = identity()
+    assert identity() == before
+    write_parquet(tmp_path / "x.parquet", [*TEXTS, "more"])
+    assert identity() != before
+
+
+def test_folder_of_save_to_disk(tmp_path):
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": TEXTS})).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == TEXTS
+
+
+def test_standard_library():
+    [source] = open_sources([SourceSettings(path="stdlib")])
+    labels = [shard.label for shard in source.shards]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    assert str(root / "os.py") in labels
+    assert not any("site-packages" in label for label in labels)
+    assert sorted(labels, key=Path) == labels
+    assert sum(shard.num_bytes for shard in source.shards) > 5e6
+    [text] = [record.text for record in source.shards[labels.index(str(root / "os.py"))].read()]
+    assert text == (root / "os.py").read_bytes().decode()
+
+
+WRONG = {
+    "no such column in json": ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl: no column 'text'; found \['body'\]"),
+    "cut off line": ("a.jsonl", b'{"text": "x"}\n{"text": "y', r"a.jsonl:2: not valid JSON .* cut off"),
+    "line in the middle": ("a.jsonl", b'{"text": "x"}\n{"text" "y"}\n{"text": "z"}\n', r"a.jsonl:2: not valid JSON"),
+    "not an object": ("a.jsonl", b'"x"\n', r"a.jsonl:1: .*JSON object.*got str"),
+    "number as text": ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"a.jsonl:2: 'text' is int"),
+    "not UTF-8 in json": ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a.jsonl:2: not UTF-8"),
+    "not UTF-8 in text": ("a.txt", b"a\nb\nc\xe9d", r"a.txt:3: not UTF-8 .*0xe9"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), r"a.txt:1: not UTF-8.*UTF-16"),
+    "lone surrogate": ("a.jsonl", b'{"text": "a\\ud800b"}\n', r"a.jsonl:1: .*\\ud800"),
+    "broken array": ("a.json", b'[{"text": "x"},\n{"text": ]', r"a.json:2: not valid JSON"),
+    "not parquet": ("a.parquet", b"PAR1 no", r"a.parquet: not a readable Parquet file"),
+    "cut off gzip": ("a.txt.gz", gzip.compress(b"x" * 1000)[:-9], r"a.txt.gz: cannot be read"),
+    "unknown suffix": ("a.docx", b"", r"unknown kind of file; allowed are .jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_file_is_named_with_its_line(tmp_path, case):
+    name, content, message = WRONG[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_wrong_parquet_column(tmp_path):
+    write_parquet(tmp_path / "a.parquet", TEXTS, column="body")
+    with pytest.raises(DataError, match=r"no column 'text'; found \['body', 'other'\]"):
+        read(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="holds int64"):
+        read(tmp_path / "a.parquet", text_column="other")
+    with pytest.raises(DataError, match=r"no column 'text'; found \['body', 'other'\]"):
+        read("parquet", data_files=str(tmp_path / "a.parquet"))
+
+
+def test_column_missing_in_a_later_file_is_found_before_any_work(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"body": "x"}])
+    with pytest.raises(DataError, match=r"b.jsonl: no column 'text'"):
+        open_sources([SourceSettings(path=str(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/such/file.jsonl", "no such file or folder"),
+        ("./nothing", "no such file or folder"),
+        ("nothing-*.jsonl", "matches no file"),
+        ("someone/not-here", "could not load it.*OfflineModeIsEnabled"),
+    ],
+)
+def test_path_that_is_not_there(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(DataError, match=r"no file ending in \.jsonl"):
+        read(tmp_path)
+
+
+def test_single_file_takes_no_split_slice(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match="max_documents"):
+        read(path, split="train[:1]")
