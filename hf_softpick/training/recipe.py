@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -129,11 +129,7 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
         StorageError: the file cannot be written.
     """
     text = StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.allow_unicode = True
-    yaml.dump(recipe.resolved(), text)
+    write_yaml(recipe.resolved(), text)
     staging = Path(f"{path}.{os.getpid()}.tmp")
     try:
         staging.write_text(text.getvalue(), encoding="utf-8")
@@ -141,6 +137,15 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     except OSError as error:
         staging.unlink(missing_ok=True)
         raise StorageError(f"{path}: the recipe cannot be written: {error.strerror}") from None
+
+
+def write_yaml(values: dict[str, Any], stream: TextIO) -> None:
+    """Write plain values as YAML in the order that they have."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.dump(values, stream)
 
 
 def _check(recipe: Recipe) -> Iterator[Problem]:

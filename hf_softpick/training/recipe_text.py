@@ -32,7 +32,7 @@ _CORE_TAGS = {
 
 @dataclass
 class Document:
-    """Plain values, the place of each key and value ("file:line:column" or the override), and problems found so far."""
+    """Plain values, the place of each key and value ("file:line:column" or the override), and problems so far."""
 
     data: dict[str, Any]
     keys: dict[KeyPath, str] = field(default_factory=dict)

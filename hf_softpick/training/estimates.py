@@ -1,0 +1,153 @@
+"""Parameters, exactly, and memory, roughly, of the model that a recipe describes. Arithmetic on settings; no torch."""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .recipe import Recipe
+from .recipe_model import ModelSettings
+
+# Bytes of optimizer state for each parameter; an optimizer that is not here is named as not counted.
+_OPTIMIZER_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "adamw_torch_8bit": 2,
+    "adagrad": 4,
+    "lion_32bit": 4,
+    "sgd": 0,
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes for each process."""
+
+    weights: float
+    gradients: float
+    optimizer: float | None
+    """None: not known for this optimizer."""
+    activations: float
+    """Tensors that the layers keep for the backward pass."""
+    logits: float
+    """Logits, their float32 copy and their gradient."""
+    checkpoint: float
+    """One checkpoint on disk, of all processes together."""
+    free_disk: int | None
+
+    @property
+    def total(self) -> float:
+        """Sum of what is counted."""
+        return self.weights + self.gradients + (self.optimizer or 0) + self.activations + self.logits
+
+    def optimizer_text(self) -> str:
+        """The optimizer's share in words."""
+        if self.optimizer is None:
+            return "the optimizer's state not counted"
+        return f"{self.optimizer / 2**30:.2f} optimizer state"
+
+
+def _widths(model: ModelSettings) -> tuple[int, int, int]:
+    """Heads, and the width of all queries and of all keys."""
+    heads = model.num_attention_heads
+    head_dim = model.head_dim or model.hidden_size // heads
+    return heads, heads * head_dim, (model.num_key_value_heads or heads) * head_dim
+
+
+def count_parameters(model: ModelSettings, vocabulary: int) -> int:
+    """Number of parameters of a new model with `vocabulary` tokens, exactly."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads, queries, keys = _widths(model)
+    attention = hidden * (2 * queries + 2 * keys)
+    if model.attention_bias:
+        attention += queries + 2 * keys + hidden
+    if model.normalizer.startswith("scaled_"):
+        attention += heads
+    mlp = 3 * hidden * inner + (2 * inner + hidden if model.mlp_bias else 0)
+    layer = attention + mlp + 2 * hidden
+    embeddings = vocabulary * hidden * (1 if model.tie_word_embeddings else 2)
+    return embeddings + model.num_hidden_layers * layer + hidden
+
+
+def count_saved_parameters(folder: Path) -> int | None:
+    """Number of values in the safetensors files of `folder`, read from their headers; None where there are none."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                # The format allows 100 MB; more is damage, and would be read into memory.
+                header = json.loads(stream.read(size)) if size <= 100_000_000 else {}
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+    return total or None
+
+
+def estimate_memory(recipe: Recipe, parameters: int, vocabulary: int, processes: int) -> Memory:
+    """Memory of one process in training, in bytes: float32 weights, mixed precision by autocast.
+
+    Activations are counted tensor by tensor for a Llama block. Only `eager` attention keeps matrices of T x T.
+    With training.activation_checkpointing each layer keeps its input, and one layer at a time the rest.
+    """
+    given, model = recipe.training.written, recipe.model
+    sharded = processes if _is_zero3(given.get("deepspeed")) else 1
+    per_parameter = _OPTIMIZER_BYTES.get(given.get("optim", "adamw_torch_fused"))
+    half = bool(given.get("bf16") or given.get("fp16"))
+    tokens = given.get("per_device_train_batch_size", 8) * recipe.data.seq_len
+    layer = tokens * _kept_by_layer(model, recipe.data.seq_len, 2 if half else 4)
+    layers = model.num_hidden_layers
+    if given.get("activation_checkpointing"):
+        activations = layers * tokens * model.hidden_size * (2 if half else 4) + layer
+    else:
+        activations = layers * layer
+    copies = 2 * parameters if half else 0
+    state = None if per_parameter is None else per_parameter * parameters
+    return Memory(
+        weights=(4 * parameters + copies) / sharded,
+        gradients=4 * parameters / sharded,
+        optimizer=None if state is None else state / sharded,
+        activations=activations,
+        logits=tokens * vocabulary * ((2 if half else 4) + 4 + 4),
+        checkpoint=4 * parameters + (state or 0),
+        free_disk=_free_disk(recipe.run.directory),
+    )
+
+
+def _kept_by_layer(model: ModelSettings, seq_len: int, width: int) -> float:
+    """Bytes that a layer keeps for each token, with `width` bytes for a value of the compute type."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    heads, queries, keys = _widths(model)
+    # Two norms: the float32 input, the normalized value and its scaled form; then what projections and rotation keep.
+    norms = 2 * hidden * (4 + 4 + width)
+    attention = width * (2 * queries + 2 * keys + keys + queries)
+    if model.attn_implementation == "eager":
+        attention += 3 * heads * seq_len * 4
+    return norms + attention + width * 4 * inner
+
+
+def _is_zero3(configuration: object) -> bool:
+    """Whether the recipe or the launcher asks for ZeRO-3."""
+    path = configuration or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if isinstance(path, str):
+        try:
+            configuration = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+    stage = configuration.get("zero_optimization", {}) if isinstance(configuration, dict) else {}
+    return isinstance(stage, dict) and stage.get("stage") == 3
+
+
+def _free_disk(directory: Path) -> int | None:
+    """Bytes free where `directory` is or will be."""
+    directory = directory.resolve()
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return None
