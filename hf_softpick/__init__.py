@@ -1,7 +1,7 @@
 """Transformers without attention sinks: softpick attention for the Hugging Face stack.
 
-Importing this package is light (no torch). The attention names and the model classes are registered with transformers as
-soon as transformers' own modeling code is imported, whichever comes first.
+Importing this package is light (no torch). The attention names and the model classes are registered with transformers
+as soon as transformers' own modeling code is imported, whichever comes first.
 """
 
 import importlib
@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import wrapt
-
 
 if TYPE_CHECKING:
     from .modeling.configuration_softpick import SoftpickConfig

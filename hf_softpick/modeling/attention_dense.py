@@ -19,7 +19,8 @@ def dense_attention(
     """Attention with its weights, O(T * S) memory.
 
     Args:
-        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i). key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
+        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i).
+        key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
         visible: intervals of keys, or a bool mask broadcastable to [B, H, T, S] (True = visible).
         scale: factor of the scores. dropout: share of the weights set to zero, the rest scaled up.
 

@@ -1,4 +1,4 @@
-"""Which keys each query sees, in memory linear in the length: one interval a query, plus an optional mask of padded keys.
+"""Which keys each query sees, in memory linear in the length: an interval a query, and optionally a mask of padded keys.
 
 Legend: B batch, T queries of this call, S keys (cache included). Indices count tokens of the row from 0.
 """
@@ -13,7 +13,7 @@ class VisibleKeys(NamedTuple):
     """Query i of row b sees the keys start <= j < end with keys[b, j]; every field int64 but `keys`.
 
     start, end: [B or 1, T], indices into the key tensor. keys: bool [B, S] or None (no padding).
-    position: [B or 1, T], real tokens between the start of the document and the query; n_i - 2 of the scaled normalizers.
+    position: [B or 1, T], real tokens from the start of the document to the query; n_i - 2 of the scaled normalizers.
     """
 
     start: Tensor
@@ -49,8 +49,8 @@ def visible_keys(
         query_offset: index of the first query in the row, that is the tokens seen before this call.
         key_offset: index of the first key in the row; above 0 once a sliding-window cache has dropped keys.
         padding_mask: bool [B, tokens so far], True = a real token.
-        position_ids: int [B or 1, T], position inside the document. A document starts where the position does not go up
-            by one from the previous real token, and never earlier than position_ids tokens back.
+        position_ids: int [B or 1, T], position inside the document. A document starts where the position does not go
+            up by one from the previous real token, and never earlier than position_ids tokens back.
         cu_seq_lens: int [documents + 1], boundaries of the documents of the only row.
         sliding_window: a query sees itself and the sliding_window - 1 keys before it.
 
@@ -130,6 +130,6 @@ def _check_cu_seq_lens(cu_seq_lens: Tensor, query_length: int, query_offset: int
         )
     if int(cu_seq_lens[0]) != 0 or int(cu_seq_lens[-1]) != query_length or bool((cu_seq_lens.diff() < 0).any()):
         raise ValueError(
-            f"cu_seq_lens runs from {int(cu_seq_lens[0])} to {int(cu_seq_lens[-1])}, expected to rise from 0 to the row "
-            f"length {query_length}."
+            f"cu_seq_lens runs from {int(cu_seq_lens[0])} to {int(cu_seq_lens[-1])}, expected to rise from 0 to the "
+            f"row length {query_length}."
         )

@@ -1,7 +1,7 @@
 """The meeting point with transformers: the attention and mask functions of its registries, for any model.
 
-`attn_implementation="softpick"` (or another normalizer's name) runs a foreign model through `attention_forward`. Our own
-model calls `run_attention` with its own masks.
+`attn_implementation="softpick"` (or another normalizer's name) runs a foreign model through `attention_forward`. Our
+own model calls `run_attention` with its own masks.
 """
 
 from functools import partial
@@ -12,10 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .attention_dense import dense_attention
-from .attention_masks import VisibleKeys, visible_keys
+from .attention_masks import VisibleKeys, document_starts, visible_keys
 from .attention_tiled import tiled_attention
 from .normalizers import NORMALIZERS
-
 
 IMPLEMENTATIONS = ("auto", "eager", "tiled")
 # Arguments of other models' attention that change the scores or the keys, and that these functions do not compute.
@@ -69,8 +68,8 @@ def check_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise ValueError(
-            f"the 4-D attention_mask has dtype {mask.dtype}, expected torch.bool with True = visible. An additive mask "
-            "cannot exclude a key from softpick's denominator; pass `attention_mask == 0` instead."
+            f"the 4-D attention_mask has dtype {mask.dtype}, expected torch.bool with True = visible. An additive "
+            "mask cannot exclude a key from softpick's denominator; pass `attention_mask == 0` instead."
         )
     return mask
 
@@ -147,25 +146,19 @@ def _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_le
     mask = check_mask(attention_mask)
     if length == 1 or (position_ids is None and cu_seq_lens is None):
         return mask
+    # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
+    # Only position 0 begins a document here: under a mask of the user's own, other positions may repeat (draft trees).
+    position = position_ids if cu_seq_lens is None else document_starts(cu_seq_lens, length)
+    begins = position.to(mask.device) == 0
     if length != key_length:
-        # Where the cached keys' documents began is not known here.
-        if position_ids is not None and not torch.compiler.is_compiling() and bool((position_ids.diff() != 1).any()):
+        if not torch.compiler.is_compiling() and bool((begins & mask.any(-1).any(1))[:, 1:].any()):
             raise ValueError(
-                "position_ids restart inside an input that continues a cache: packed documents cannot be kept apart "
-                "there. Pass one document a row, or no cache."
+                "position_ids restart inside an input that is shorter than its cache: packed documents cannot be kept "
+                "apart there. Pass one document a row, or no cache."
             )
         return mask
-    # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
-    padding = mask.diagonal(dim1=-2, dim2=-1)[:, 0] if mask.shape[1] == 1 else None
-    apart = visible_keys(
-        length,
-        key_length,
-        query.device,
-        padding_mask=padding.expand(query.shape[0], -1) if padding is not None and cu_seq_lens is None else None,
-        position_ids=position_ids,
-        cu_seq_lens=cu_seq_lens,
-    )
-    return mask & apart.dense(key_length)
+    document = (begins & mask.diagonal(dim1=-2, dim2=-1).any(1)).cumsum(-1)
+    return mask & (document[:, None, :, None] == document[:, None, None, :])
 
 
 def attention_mask_function(
@@ -178,7 +171,7 @@ def attention_mask_function(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """transformers' mask function: None for plain causal attention, also under torch.compile, else bool [B, 1, T, S]."""
+    """transformers' mask function: None for plain causal attention, also when compiling, else bool [B, 1, T, S]."""
     plain = mask_function is causal_mask_function and attention_mask is None and kv_offset == 0
     if plain and isinstance(q_offset, int) and (q_offset == 0 or q_length == 1) and kv_length >= q_offset + q_length:
         if q_length > 1 or kv_length == q_offset + 1:

@@ -15,7 +15,6 @@ from torch import Tensor
 from .attention_masks import VisibleKeys
 from .normalizers import SOFTPICK_EPS, base_normalizer, spread_nonfinite
 
-
 LOG2E = 1.0 / math.log(2.0)
 # Rows are shifted by their maximum only beyond 2^40: below it nothing can overflow in float32, and a pass is saved.
 SHIFT_LIMIT = 40.0
@@ -24,7 +23,12 @@ BLOCK_ELEMENTS = 1 << 19  # scores worked on at once; about the cache share of t
 
 
 def tiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: VisibleKeys | Tensor, scale: float, normalizer: str = "softpick"
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: VisibleKeys | Tensor,
+    scale: float,
+    normalizer: str = "softpick",
 ) -> Tensor:
     """Attention in memory linear in T and S.
 
@@ -127,7 +131,9 @@ class _Layout:
             for row0, row1, low, high, full_low, full_high in _extents(start, end):
                 if low >= high:
                     continue
-                hidden = self._hidden(start[row0:row1], end[row0:row1], keys, row, low, high, full_low, full_high, row0)
+                hidden = self._hidden(
+                    start[row0:row1], end[row0:row1], keys, row, low, high, full_low, full_high, row0
+                )
                 size = max(1, BLOCK_ELEMENTS // ((row1 - row0) * self.groups * (high - low)))
                 for n0 in range(first, first + count, size):
                     n1 = min(n0 + size, first + count)
@@ -146,7 +152,9 @@ class _Layout:
         if keys is not None and not bool(keys[low:high].all()):
             hidden.append(_Hidden(0, high - low, ~keys[low:high][None, None, None]))
         if self.mask is not None:
-            mask = self.mask[min(row, self.mask.shape[0] - 1), :, row0 : row0 + start.shape[0], low:high]  # [H or 1, R, W]
+            mask = self.mask[
+                min(row, self.mask.shape[0] - 1), :, row0 : row0 + start.shape[0], low:high
+            ]  # [H or 1, R, W]
             mask = mask.unflatten(0, (self.key_heads, self.groups)) if mask.shape[0] > 1 else mask[None]
             hidden.append(_Hidden(0, high - low, ~mask.transpose(1, 2)))
         return hidden
@@ -204,7 +212,9 @@ def _softpick_p(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
     return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
 
 
-_NAMESPACE = __name__.replace(".", "_")  # unlike for every copy of this file, so that Hub code never meets the package's
+_NAMESPACE = __name__.replace(
+    ".", "_"
+)  # unlike for every copy of this file, so that Hub code never meets the package's
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::tiled_forward", mutates_args=())

@@ -34,7 +34,6 @@ from .attention_tiled import tiled_attention  # noqa: F401
 from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS
 
-
 INITIAL_HEAD_SCALE = 0.3
 _CODE_FILES = (
     "attention_dense.py",
@@ -311,7 +310,9 @@ def _check_boundaries(batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: T
         )
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and not torch.compiler.is_compiling():
         if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs the same boundaries in both")
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs the same boundaries in both"
+            )
 
 
 class SoftpickForCausalLM(SoftpickPreTrainedModel, LlamaForCausalLM):

@@ -6,7 +6,6 @@ Shapes: B batch, H query heads, T queries, S keys. Kept free of other modules, b
 import torch
 from torch import Tensor
 
-
 NORMALIZERS = ("softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax")
 SOFTPICK_EPS = 1e-6
 
