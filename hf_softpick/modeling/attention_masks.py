@@ -1,4 +1,4 @@
-"""Which keys each query sees, in memory linear in the length: an interval a query, and optionally a mask of padded keys.
+"""Which keys each query sees, in memory linear in the length: an interval a query, and a mask of padded keys.
 
 Legend: B batch, T queries of this call, S keys (cache included). Indices count tokens of the row from 0.
 """

@@ -33,8 +33,9 @@ def tiled_attention(
     """Attention in memory linear in T and S.
 
     Args:
-        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i). key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
-            Any floating dtype, computed in float32 (float64 stays float64); H a multiple of Hkv.
+        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i).
+        key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv]. Any floating dtype, computed in float32 (float64 stays float64);
+            H a multiple of Hkv.
         visible: intervals of keys, or a bool mask broadcastable to [B, H, T, S] (True = visible).
         scale: factor of the scores, usually D ** -0.5.
 
@@ -202,7 +203,7 @@ def _view(buffer: Tensor, *shape: int) -> Tensor:
 
 
 def _shift(level: Tensor, kind: str) -> Tensor | None:
-    """What rows at this level are shifted by, None where no row needs it. Row by row, so rows do not depend on others."""
+    """What rows at this level are shifted by, None where none needs it; row by row, so no row depends on another."""
     far = level > SHIFT_LIMIT if kind == "softpick" else (level.abs() > SHIFT_LIMIT) & level.isfinite()
     return torch.where(far, level, 0.0) if bool(far.any()) else None
 

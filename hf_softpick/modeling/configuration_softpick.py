@@ -10,8 +10,9 @@ from .normalizers import NORMALIZERS
 class SoftpickConfig(LlamaConfig):
     """Llama's configuration with
 
-    normalizer (`str`, default "softpick"): what the attention weights are, one of softpick, softmax, rectified_softmax,
-        scaled_softpick, scaled_softmax. Part of the model's meaning and saved; how it is computed is `attn_implementation`.
+    normalizer (`str`, default "softpick"): what the attention weights are, one of softpick, softmax,
+        rectified_softmax, scaled_softpick, scaled_softmax. Part of the model's meaning and saved; how it is computed
+        is `attn_implementation`.
     sliding_window (`int`, optional): a query sees itself and the sliding_window - 1 tokens before it.
 
     Raises:
@@ -39,8 +40,8 @@ class SoftpickConfig(LlamaConfig):
             )
 
     def to_dict(self):
-        """The saved form. Names the attention, so that Llama code without this package refuses the checkpoint instead of
-        running softmax over its weights."""
+        """The saved form. It names the attention, so that Llama code without this package refuses the checkpoint
+        instead of running softmax over its weights."""
         output = super().to_dict()
         if self.normalizer != "softmax":
             output["attn_implementation"] = self.normalizer

@@ -222,8 +222,8 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
 
         Args:
             attention_mask: [B, tokens so far] with 0 for padding, or bool [B, 1 or H, T, S] with True = visible.
-            position_ids: int64 [B or 1, T]; a document starts wherever they restart, and documents never see each other,
-                with or without a cache or an attention_mask.
+            position_ids: int64 [B or 1, T]; a document starts wherever they restart, and documents never see each
+                other, with or without a cache or an attention_mask.
             cu_seq_lens_q: int [documents + 1], the same for one row without padding; cu_seq_lens_k must equal it.
 
         Raises:
@@ -287,8 +287,8 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         packed = bool((visible.position.diff() != 1).any()) and bool((position_ids.diff() != 1).any())
         if packed and (attention_mask is not None or past_key_values is not None):
             raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} does not keep packed documents apart when an "
-                "attention_mask or a cache is given. Pass neither (use_cache=False), or use 'auto', 'tiled' or 'sdpa'."
+                f"attn_implementation={self.config._attn_implementation!r} does not keep packed documents apart when "
+                "an attention_mask or a cache is given. Pass neither (use_cache=False), or use 'auto', 'tiled' or 'sdpa'."
             )
         create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         return create(
@@ -326,7 +326,8 @@ class SoftpickForCausalLM(SoftpickPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     def create_masks_for_generate(self, attention_mask, past_key_values, inputs_embeds, **kwargs) -> Tensor | None:
-        """generate()'s hook for static caches: keep the padding mask 2-D, at the cache's length so that its shape stays."""
+        """generate()'s hook for static caches: the padding mask stays 2-D, at the cache's length so that it keeps its
+        shape."""
         if attention_mask is None or attention_mask.ndim != 2:
             return attention_mask
         length, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)

@@ -1,4 +1,4 @@
-"""The mathematics of softpick and its relatives in plain PyTorch: the reference that every implementation is checked against.
+"""The mathematics of softpick and its relatives in plain PyTorch: the reference for every implementation.
 
 Shapes: B batch, H query heads, T queries, S keys. Kept free of other modules, because Hub checkpoints carry a copy.
 """
@@ -13,8 +13,8 @@ SOFTPICK_EPS = 1e-6
 def _visible_scores(scores: Tensor, mask: Tensor | None, fill: float) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
-            f"mask has dtype {mask.dtype}, expected torch.bool (True = visible). An additive mask cannot exclude a key "
-            "from softpick's denominator; pass `additive_mask == 0` instead."
+            f"mask has dtype {mask.dtype}, expected torch.bool (True = visible). An additive mask cannot exclude a "
+            "key from softpick's denominator; pass `additive_mask == 0` instead."
         )
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return scores if mask is None else torch.where(mask, scores, fill)
@@ -50,7 +50,7 @@ def softpick(x: Tensor, dim: int = -1, mask: Tensor | None = None, eps: float = 
 
 
 def softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-    """Softmax over the visible entries along `dim`; a slice with nothing visible is 0. Shapes and errors as `softpick`."""
+    """Softmax over the visible entries along `dim`; a slice with nothing visible is 0. Shapes, errors as `softpick`."""
     scores = _visible_scores(x, mask, float("-inf"))
     if scores.shape[dim] == 0:
         return x.clone()
@@ -91,8 +91,8 @@ def attention_weights(scores: Tensor, normalizer: str, mask: Tensor | None = Non
 def spread_nonfinite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn every query, key or value vector that holds NaN or Inf into one that makes the rows that see it NaN.
 
-    Without it a score of -inf or a weight of 0 would launder the bad number, and 0 * NaN in the product with the values
-    would spread it to rows that cannot see it. Finite tensors come back unchanged in value.
+    Without it a score of -inf or a weight of 0 would launder the bad number, and 0 * NaN in the product with the
+    values would spread it to rows that cannot see it. Finite tensors come back unchanged in value.
     """
     bad_query = ~query.isfinite().all(-1, keepdim=True)
     bad_value = ~value.isfinite().all(-1, keepdim=True)
@@ -107,7 +107,8 @@ def reference_attention(
     """Dense attention with any normalizer, differentiable, the definition in code.
 
     Args:
-        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i). key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
+        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i).
+        key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
         mask: bool, broadcastable to [B, H, T, S], True = visible; None = all visible.
         scale: factor of the scores, usually D ** -0.5.
 

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-
 PROLOGUES = {
     "auto first": "import hf_softpick\nfrom transformers import AutoModelForCausalLM",
     "config first": "import hf_softpick\nfrom transformers import AutoConfig",
