@@ -161,7 +161,7 @@ def _batch_warnings(recipe: Recipe, memory: Memory | None) -> Iterator[str]:
     if tokens < 1024:
         yield f"a step sees only {tokens} tokens on each process (seq_len x batch): gradients will be noisy."
     if rows * recipe.data.seq_len > 2**17:
-        yield f"one micro-batch has {rows * recipe.data.seq_len:,} tokens; where memory ends, halve it, accumulate twice."
+        yield f"one micro-batch has {rows * recipe.data.seq_len:,} tokens; where memory ends, halve it."
     if memory and memory.free_disk is not None and memory.free_disk < 2 * memory.checkpoint:
         free, need = memory.free_disk / GIB, 2 * memory.checkpoint / GIB
         yield f"run.root has {free:.1f} GiB free, two checkpoints need {need:.1f} GiB."

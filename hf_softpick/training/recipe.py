@@ -19,6 +19,7 @@ from ..errors import RecipeError, StorageError
 from .recipe_arguments import TrainingSettings
 from .recipe_errors import find_secrets, word_error
 from .recipe_model import ModelSettings, Problem, check_model
+from .recipe_scheduler import check_scheduler
 from .recipe_text import apply_override, dotted, read_document
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
@@ -186,13 +187,8 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         yield ("training", "fp16"), "is true beside training.bf16; choose one"
     if given.get("dataloader_prefetch_factor") and not given.get("dataloader_num_workers"):
         yield ("training", "dataloader_prefetch_factor"), "needs training.dataloader_num_workers >= 1"
-    if given.get("lr_scheduler_type") == "cosine_with_min_lr":
-        keys = given.get("lr_scheduler_kwargs", {}).keys() & {"min_lr", "min_lr_rate"}
-        if len(keys) != 1:
-            yield (
-                ("training", "lr_scheduler_kwargs"),
-                "must hold exactly one of min_lr and min_lr_rate for lr_scheduler_type cosine_with_min_lr",
-            )
+    if "lr_scheduler_kwargs" in given or "lr_scheduler_type" in given:
+        yield from check_scheduler(given.get("lr_scheduler_type", "linear"), given.get("lr_scheduler_kwargs", {}))
 
 
 def _check_folder(run: RunSettings) -> Iterator[Problem]:

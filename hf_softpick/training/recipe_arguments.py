@@ -167,17 +167,22 @@ def transformers_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def read_module(file: str) -> ast.Module:
+    """The syntax tree of one file of the installed transformers package."""
+    return ast.parse((transformers_folder() / file).read_text(encoding="utf-8"))
+
+
 def _read_classes(file: str) -> dict[str, ast.ClassDef]:
-    tree = ast.parse((transformers_folder() / file).read_text(encoding="utf-8"))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {node.name: node for node in read_module(file).body if isinstance(node, ast.ClassDef)}
 
 
-def _members(enum: ast.ClassDef) -> tuple[str, ...]:
-    return tuple(
-        node.value.value
+def string_members(enum: ast.ClassDef) -> dict[str, str]:
+    """Names and values of an enum of strings."""
+    return {
+        ast.unparse(node.targets[0]): node.value.value
         for node in enum.body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    )
+    }
 
 
 _PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "Any": Any, "dict": dict[str, Any], "list": list[Any]}
@@ -206,8 +211,8 @@ def _single_type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
             return type(None)
         case ast.Name(id=name) if name in _PLAIN:
             return _PLAIN[name]
-        case ast.Name(id=name) if name in enums and _members(enums[name]):
-            return Literal[_members(enums[name])]
+        case ast.Name(id=name) if name in enums and string_members(enums[name]):
+            return Literal[tuple(string_members(enums[name]).values())]
         case ast.Subscript(value=ast.Name(id="list"), slice=item):
             return list[_type(item, enums)]
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, item])):
