@@ -27,15 +27,14 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_dense import dense_attention  # noqa: F401 -- every file that a Hub copy needs is imported from here
 from .attention_masks import VisibleKeys, document_starts, visible_keys
 from .attention_softpick import IMPLEMENTATIONS, check_mask, run_attention
-from .attention_tiled import tiled_attention  # noqa: F401
 from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS
 
 INITIAL_HEAD_SCALE = 0.3
 _CODE_FILES = (
+    "attention_blocks.py",
     "attention_dense.py",
     "attention_masks.py",
     "attention_softpick.py",
@@ -288,7 +287,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         if packed and (attention_mask is not None or past_key_values is not None):
             raise ValueError(
                 f"attn_implementation={self.config._attn_implementation!r} does not keep packed documents apart when "
-                "an attention_mask or a cache is given. Pass neither (use_cache=False), or use 'auto', 'tiled' or 'sdpa'."
+                "an attention_mask or a cache is given. Pass neither (use_cache=False), or use 'auto' or 'tiled'."
             )
         create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         return create(
