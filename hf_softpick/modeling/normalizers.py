@@ -50,7 +50,7 @@ def softpick(x: Tensor, dim: int = -1, mask: Tensor | None = None, eps: float = 
 
 
 def softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-    """Softmax over the visible entries of `dim`; a slice with nothing visible is 0; shapes and errors as `softpick`."""
+    """Softmax over the visible entries; a slice with nothing visible is 0. Arguments and errors as in `softpick`."""
     scores = _visible_scores(x, mask, float("-inf"))
     if scores.shape[dim] == 0:
         return x.clone()
