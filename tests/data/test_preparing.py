@@ -1,0 +1,265 @@
+"""The whole way from settings to rows, and the cache: made once, never half, never trusted when damaged."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from hf_softpick.data import preparing
+from hf_softpick.data.cache import MANIFEST
+from hf_softpick.data.preparing import prepare_data
+from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
+from hf_softpick.errors import DataError, RecipeError, StorageError
+
+TOKENIZER = TokenizerSettings(train_bpe=280)
+TEXTS = [f"document {number}: " + "the quick brown fox\n" * (number % 9 + 1) for number in range(200)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return DataSettings(
+        seq_len=64, sources=[SourceSettings(path=str(path))], validation=0.05, cache_dir=str(tmp_path / "cache")
+    )
+
+
+def prepare(data, tokenizer=TOKENIZER, **changes):
+    return prepare_data(data.model_copy(update=changes), tokenizer, progress=False)
+
+
+def texts_of(rows, tokenizer):
+    """The documents of packed rows, put together again from pieces that are not cut."""
+    found = []
+    for row in rows:
+        count = row["num_tokens"]
+        bounds = [*np.flatnonzero(row["position_ids"][:count] == 0), count]
+        found += [tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return found
+
+
+def test_every_document_is_in_one_split_once(data):
+    prepared = prepare(data, seq_len=256)
+    train = texts_of(prepared.train, prepared.tokenizer)
+    validation = texts_of(prepared.validation, prepared.tokenizer)
+    assert sorted(train + validation) == sorted(f"<bos>{text}<eos>" for text in TEXTS)
+    assert 0 < len(validation) < 20
+    report = prepared.report
+    assert report["documents"] == 200 and report["dropped"] == {}
+    assert (report["train_documents"], report["validation_documents"]) == (len(train), len(validation))
+    assert report["train_tokens"] == sum(row["num_tokens"] for row in prepared.train)
+    assert report["train_tokens"] + report["validation_tokens"] == report["tokens"]
+    assert report["max_token_id"] < len(prepared.tokenizer) == report["vocab_size"]
+    assert report["train_padding"] == pytest.approx(1 - report["train_tokens"] / (len(prepared.train) * 256), abs=1e-5)
+
+
+def test_rows_are_an_ordinary_dataset(data):
+    train = prepare(data).train
+    assert isinstance(train, Dataset)
+    assert train.column_names == ["input_ids", "position_ids", "num_tokens"]
+    assert {str(train.features[name].feature.dtype) for name in ("input_ids", "position_ids")} == {"int32"}
+    assert {len(train[0][name]) for name in ("input_ids", "position_ids")} == {64}
+    assert train.cache_files, "rows are memory-mapped, not loaded"
+
+
+def test_second_call_reuses_and_is_equal(data, monkeypatch):
+    first = prepare(data)
+    assert not first.report["from_cache"]
+    monkeypatch.setattr(preparing, "tokenize", None)
+    second = prepare(data, num_proc=2)
+    assert second.report["from_cache"] and second.directory == first.directory
+    assert (np.array(second.train["input_ids"]) == np.array(first.train["input_ids"])).all()
+
+
+def test_rebuild_elsewhere_is_equal(data, tmp_path):
+    first, second = prepare(data), prepare(data, cache_dir=str(tmp_path / "other"), num_proc=2)
+    assert not second.report["from_cache"]
+    for name in ("train.arrow", "validation.arrow", "tokenizer/tokenizer.json"):
+        assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seq_len": 32}, {"seed": 1}, {"validation": 0.1}, {"isolate_documents": False}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_changed_setting_gives_another_cache(data, changes):
+    assert prepare(data).directory != prepare(data, **changes).directory
+
+
+def test_changed_file_gives_another_cache(data, tmp_path):
+    first = prepare(data)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    second = prepare(data)
+    assert second.report["documents"] == 201 and second.directory != first.directory
+
+
+def test_changed_tokenizer_gives_another_cache(data, tmp_path):
+    first = prepare(data)
+    assert prepare(data, TokenizerSettings(train_bpe=281)).directory != first.directory
+    assert prepare(data, TokenizerSettings(train_bpe=280, add_eos=False)).directory != first.directory
+    shutil.copytree(first.directory / "tokenizer", tmp_path / "tokenizer")
+    loaded = TokenizerSettings(from_=str(tmp_path / "tokenizer"))
+    second = prepare(data, loaded)
+    assert (np.array(second.train["input_ids"]) == np.array(first.train["input_ids"])).all()
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["x"], vocabulary["y"] = vocabulary["y"], vocabulary["x"]
+    path.write_text(json.dumps(content))
+    third = prepare(data, loaded)
+    assert third.directory != second.directory
+    assert texts_of(third.train, third.tokenizer) == texts_of(second.train, second.tokenizer)
+
+
+def flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip_byte(folder / "train.arrow"),
+        lambda folder: os.truncate(folder / "train.arrow", 1000),
+        lambda folder: (folder / "validation.arrow").unlink(),
+        lambda folder: (folder / MANIFEST).unlink(),
+        lambda folder: (folder / MANIFEST).write_text('{"files": 3}'),
+        lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{}"),
+    ],
+    ids=["flipped bit", "truncated", "no validation", "no manifest", "wrong manifest", "tokenizer"],
+)
+def test_damaged_cache_is_rebuilt(data, damage):
+    first = prepare(data)
+    content = (first.directory / "train.arrow").read_bytes()
+    del first
+    folder = prepare(data).directory
+    damage(folder)
+    again = prepare(data)
+    assert not again.report["from_cache"]
+    assert (again.directory / "train.arrow").read_bytes() == content
+    assert len(again.validation) and prepare(data).report["from_cache"]
+
+
+def prepare_in_process(serialized):
+    prepared = prepare_data(DataSettings.model_validate_json(serialized), TOKENIZER, progress=False)
+    return prepared.report["from_cache"], len(prepared.train), str(prepared.directory)
+
+
+def test_processes_at_once_build_once(data):
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        results = list(pool.map(prepare_in_process, [data.model_dump_json()] * 2))
+    assert sorted(from_cache for from_cache, _, _ in results) == [False, True]
+    assert len({result[1:] for result in results}) == 1
+
+
+KILLED = """
+import sys
+from hf_softpick.data import preparing, rows
+from hf_softpick.data.settings import DataSettings, TokenizerSettings
+def stop(*args):
+    print("packing", flush=True)
+    import time
+    time.sleep(60)
+rows.fill_rows = stop
+preparing.prepare_data(DataSettings.model_validate_json(sys.argv[1]), TokenizerSettings(train_bpe=280), progress=False)
+"""
+
+
+def test_killed_while_packing_leaves_nothing_that_looks_whole(data, tmp_path):
+    command = [sys.executable, "-c", KILLED, data.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "packing\n"
+        process.send_signal(signal.SIGKILL)
+    left = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(left) == 1 and "staging" in left[0].name
+    begin = time.monotonic()
+    prepared = prepare(data)
+    assert time.monotonic() - begin < 30, "the lock of a killed process must not be waited for"
+    assert not prepared.report["from_cache"]
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [prepared.directory]
+
+
+def test_weights_repeat_training_documents_only(data):
+    source = data.sources[0]
+    once = prepare(data)
+    twice = prepare(data, sources=[source.model_copy(update={"weight": 2.0})])
+    assert twice.report["train_tokens"] == 2 * once.report["train_tokens"]
+    assert twice.report["validation_tokens"] == once.report["validation_tokens"]
+
+
+def test_same_text_in_two_sources_stays_on_one_side(data, tmp_path):
+    copy = tmp_path / "b.jsonl"
+    copy.write_text((tmp_path / "a.jsonl").read_text())
+    prepared = prepare(data, seq_len=256, sources=[*data.sources, SourceSettings(path=str(copy))])
+    train = texts_of(prepared.train, prepared.tokenizer)
+    validation = texts_of(prepared.validation, prepared.tokenizer)
+    assert validation and not set(train) & set(validation)
+    assert len(validation) == len(set(validation)), "a duplicate would count twice in the loss"
+
+
+def test_no_validation(data):
+    prepared = prepare(data, validation=0.0)
+    assert prepared.validation is None
+    assert prepared.report["train_documents"] == 200
+
+
+def test_nothing_left_says_why(data, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(DataError, match="no document is left of 2 read .1 empty, 1 null or missing.*text_column"):
+        prepare(data)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_single_document_cannot_be_split(data, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(DataError, match="data.validation=0"):
+        prepare(data)
+    assert len(prepare(data, validation=0.0).train) == 1
+
+
+def test_fewer_rows_than_a_step_takes(data):
+    prepared = prepare(data)
+    prepared.require_rows(len(prepared.train))
+    with pytest.raises(DataError, match="training rows of 64 tokens, but one optimizer step takes 100000"):
+        prepared.require_rows(100_000)
+
+
+def test_unknown_packing(data):
+    with pytest.raises(RecipeError, match="'greedy', allowed: best_fit"):
+        prepare(data, packing="greedy")
+
+
+def test_cache_folder_that_cannot_be_made(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="data.cache_dir"):
+        prepare(data, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+def test_huge_document_in_one_line(data, tmp_path):
+    """3 MB in one line: tokenized in pieces, cut into rows, nothing lost."""
+    text = "word and NUL \x00 " * 200_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + '\n{"text": "small"}\n')
+    prepared = prepare(data, seq_len=4096, validation=0.0)
+    assert prepared.report["train_cut_documents"] == 1
+    total = sum(int(row["num_tokens"]) for row in prepared.train)
+    assert total == prepared.report["tokens"] > 200_000
+
+
+def test_nothing_is_pickled(data):
+    folder = prepare(data).directory
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert path.suffix in (".json", ".arrow")
+            assert not path.read_bytes().startswith(b"\x80")
