@@ -1,4 +1,4 @@
-"""Command line of training, `accelerate launch -m hf_softpick.train RECIPE [section.key=value ...]`: parse, call, exit."""
+"""Command line of training: `accelerate launch -m hf_softpick.train RECIPE [section.key=value ...]`."""
 
 import argparse
 import os

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_softpick.errors import RecipeError
@@ -20,6 +21,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """
     given = {name: value for name, value in recipe.training.arguments.items() if name not in HUB}
     evaluates = recipe.eval.every > 0 and recipe.data.validation > 0
+    if not torch.accelerator.is_available():
+        # Without it, accelerate takes each of several CPU processes under DeepSpeed for a run of its own.
+        given["use_cpu"] = True
+    # Every parameter of a causal LM takes part in every step; looking for others costs a pass over the graph.
+    given.setdefault("ddp_find_unused_parameters", False)
     accelerator: dict[str, Any] = {**(given.pop("accelerator_config", None) or {}), "dispatch_batches": False}
     fixed: dict[str, Any] = {
         "output_dir": str(recipe.run.directory / "checkpoints"),
@@ -38,6 +44,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         args = TrainingArguments(**given | fixed)
         args.device  # noqa: B018 - sets up the process group, whose errors belong here
+        if args.deepspeed_plugin is not None:
+            # ZeRO-3 reads the number of processes from DeepSpeed's own group while the model is made.
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend=args.distributed_state.backend, auto_mpi_discovery=False)
     except (ValueError, TypeError, ImportError, NotImplementedError, FileNotFoundError) as error:
         raise RecipeError(f"training: {error}") from error
     return args

@@ -2,6 +2,8 @@
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_softpick.errors import RecipeError
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
@@ -17,7 +19,7 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
     """
     set_seed(seed)
     try:
-        model = _new(settings, tokenizer) if settings.from_ is None else _continued(settings)
+        model = _new(settings, tokenizer, seed) if settings.from_ is None else _continued(settings)
     except (ValueError, OSError, KeyError) as error:
         raise RecipeError(f"model: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
@@ -31,7 +33,7 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
     return model
 
 
-def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     config = SoftpickConfig(
         **settings.config_fields(),
         vocab_size=settings.vocab_size or len(tokenizer),
@@ -39,9 +41,20 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return SoftpickForCausalLM._from_config(
-        config, attn_implementation=settings.attn_implementation, dtype=torch.float32
-    )
+    if is_deepspeed_zero3_enabled():
+        # Shards while it builds and draws the weights afterwards, module by module.
+        return SoftpickForCausalLM._from_config(
+            config, attn_implementation=settings.attn_implementation, dtype=torch.float32
+        )
+    # The same draws in the same order as above: a run starts from the same weights however it is distributed.
+    with no_init_weights():
+        model = SoftpickForCausalLM._from_config(
+            config, attn_implementation=settings.attn_implementation, dtype=torch.float32
+        )
+    set_seed(seed)
+    with torch.no_grad():
+        model.init_weights()
+    return model
 
 
 def _continued(settings: ModelSettings) -> PreTrainedModel:
@@ -76,7 +89,7 @@ def foreign_attention(settings: ModelSettings) -> str | None:
         )
     if settings.normalizer.startswith("scaled_"):
         raise RecipeError(
-            f"model.normalizer '{settings.normalizer}' has parameters of its own, and {settings.from_} has no place for "
-            "them. Use softpick or rectified_softmax, or train a new model."
+            f"model.normalizer '{settings.normalizer}' has parameters of its own, and {settings.from_} has no place "
+            "for them. Use softpick or rectified_softmax, or train a new model."
         )
     return settings.normalizer

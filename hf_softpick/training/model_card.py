@@ -8,7 +8,7 @@ from hf_softpick.training.recipe import Recipe
 _WARNING = """\
 > **The weights belong to {normalizer} attention.** Loading them into a model that computes softmax (a plain Llama
 > class, `attn_implementation="sdpa"` or `"flash_attention_2"`, an engine that converts checkpoints) gives text without
-> an error message, and wrong numbers. `trust_remote_code=True`, or an installed hf_softpick, computes what was trained.
+> an error message, and wrong numbers. `trust_remote_code=True`, or an installed hf_softpick, gives the trained model.
 """
 
 _SOFTMAX = "> The attention is ordinary softmax; any implementation computes what was trained.\n"

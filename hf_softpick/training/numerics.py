@@ -71,6 +71,7 @@ class SkipGuard:
             raise NumericsError(
                 f"{self.consecutive} updates in a row had a {self.last['reason']} (last: step {self.last['step']}, "
                 f"ranks {self.last['ranks']}); training.max_consecutive_skips allows {self.max_consecutive}. None of "
-                f"them was applied. {checkpoint_hint} Lower training.learning_rate, check the data around this step, or use "
+                f"them was applied. {checkpoint_hint} Lower training.learning_rate, check the data around this step, "
+                "or use "
                 "float32 (training.bf16=false)."
             )

@@ -1,8 +1,11 @@
 """One run from recipe to finished model: the order of its parts, and nothing that one of them could do itself."""
 
+import contextlib
 import json
 import math
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,10 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
         return RunResult(recipe.run.directory, step, {})
     if not debug:
         transformers.logging.disable_progress_bar()  # One bar, that of the training steps, is enough.
+        # DeepSpeed calls deprecated collectives several times a step, each with a warning.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     asked = strategy.asked_for(os.environ, recipe.training.arguments)
+    strategy.check_launch(asked, os.environ)
     strategy.check_precision(os.environ, recipe.training.arguments)
     args = training_arguments(recipe)
     active = strategy.check(asked, args)
@@ -75,12 +81,13 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
         manifest = resume.check_resume(checkpoint, facts, recipe.run.directory)
         if main:
             print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
-    trainer = _make_trainer(recipe, args, data, facts)
-    trainer.stop.install()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    finally:
-        trainer.stop.restore()
+    with _reporters(recipe.run.directory):
+        trainer = _make_trainer(recipe, args, data, facts)
+        trainer.stop.install()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        finally:
+            trainer.stop.restore()
     step = trainer.state.global_step
     if main:
         records = trainer.metrics.read()
@@ -95,13 +102,8 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
 
 
 def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
-    """The run folder with recipe.yaml and environment.json, and where transformers' reporters put their files."""
+    """The run folder with recipe.yaml, environment.json and what must be the same after a resume."""
     directory = recipe.run.directory
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(directory / "tensorboard"))
-    os.environ.setdefault("WANDB_DIR", str(directory))
-    os.environ.setdefault("WANDB_PROJECT", "hf_softpick")
-    # A resumed run goes on in the same wandb run instead of opening another one.
-    os.environ.setdefault("WANDB_RESUME", "allow")
     if not main:
         return
     try:
@@ -110,13 +112,33 @@ def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
         run_id = directory / "report" / "wandb_run_id"
         if not run_id.exists():
             run_id.write_text(os.urandom(6).hex(), encoding="utf-8")
-        os.environ.setdefault("WANDB_RUN_ID", run_id.read_text(encoding="utf-8").strip())
         environment.record_launch(directory / "environment.json", launch)
     except OSError as error:
         raise StorageError(
             f"{directory} cannot be written: {error}. Choose another run.root, or make room."
         ) from error
     dump_recipe(recipe, directory / "recipe.yaml")
+
+
+@contextlib.contextmanager
+def _reporters(directory: Path) -> Iterator[None]:
+    """Tell transformers' TensorBoard and wandb callbacks to report into the run folder, unless the user said where."""
+    run_id = directory / "report" / "wandb_run_id"
+    ours = {
+        "TENSORBOARD_LOGGING_DIR": str(directory / "tensorboard"),
+        "WANDB_DIR": str(directory),
+        "WANDB_PROJECT": "hf_softpick",
+        # A resumed run goes on in the same wandb run instead of opening another one.
+        "WANDB_RESUME": "allow",
+        "WANDB_RUN_ID": run_id.read_text(encoding="utf-8").strip() if run_id.exists() else "",
+    }
+    added = {name: value for name, value in ours.items() if value and name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str, Any]) -> SoftpickTrainer:

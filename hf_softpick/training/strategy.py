@@ -23,6 +23,16 @@ def asked_for(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> d
     return found
 
 
+def check_launch(asked: Mapping[str, str], environment: Mapping[str, str]) -> None:
+    """Refuse what cannot start: DeepSpeed in a process that no launcher made one of a group."""
+    if "deepspeed" in asked and "RANK" not in environment:
+        raise RecipeError(
+            f"DeepSpeed was asked for by {asked['deepspeed']}, but one process without a launcher is in force. Start "
+            "it with: deepspeed --module hf_softpick.train ..., or: accelerate launch --config_file "
+            "recipes/accelerate/zero3.yaml -m hf_softpick.train ..."
+        )
+
+
 def check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
     """Refuse a precision from the launcher that the recipe would silently overwrite."""
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -58,6 +68,11 @@ def check(asked: Mapping[str, str], args: TrainingArguments) -> str:
         raise RecipeError(
             f"FSDP was asked for by {asked['fsdp']}, but {why}. Use recipes/accelerate/zero3.yaml (shards, on CPU "
             "too) or recipes/accelerate/ddp.yaml."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise RecipeError(
+            f"{launched} processes were launched, but {args.world_size} would train together ({active} is in force)."
         )
     if "deepspeed" in asked and not active.startswith("zero"):
         raise RecipeError(f"DeepSpeed was asked for by {asked['deepspeed']}, but {active} is in force.")
