@@ -1,0 +1,221 @@
+"""Packing, padding and windows: every document must come out as if it ran alone."""
+
+import pytest
+import torch
+from tiny_softpick import (
+    IMPLEMENTATIONS,
+    NORMALIZERS,
+    assert_same_gradients,
+    close,
+    double_parameters,
+    oracle,
+    oracle_loss,
+    tiny_model,
+    tokens,
+)
+from torch import Tensor
+
+LENGTHS = [(70, 1, 9), (33, 47)]  # two rows of 80 tokens; 64 is a block of queries in the tiled form
+
+
+def packed(lengths: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+    """Tokens, position_ids and the documents of each row."""
+    ids = tokens(len(lengths), sum(lengths[0]))
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    return ids, position_ids, [list(row.split(list(n))) for row, n in zip(ids, lengths, strict=True)]
+
+
+def boundaries(lengths: tuple[int, ...], dtype=torch.int32) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def alone(model, rows: list[list[Tensor]]) -> Tensor:
+    """Logits [B, T, vocab] of documents that ran alone, through the oracle."""
+    parameters = double_parameters(model)
+    return torch.stack([torch.cat([oracle(parameters, model.config, d)[0] for d in row]) for row in rows]).detach()
+
+
+@pytest.mark.parametrize("mask", ["no mask", "ones"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_packed_documents_equal_documents_alone(normalizer, rows, use_cache, mask):
+    """transformers itself stops isolating as soon as a cache or any 2-D mask is given."""
+    model = tiny_model(normalizer)
+    ids, position_ids, documents = packed(LENGTHS[:rows])
+    attention_mask = torch.ones_like(ids) if mask == "ones" else None
+    expected = alone(model, documents)
+    labels = ids.masked_fill(position_ids == 0, -100)
+    flat = [document for row in documents for document in row if len(document) > 1]
+    for implementation in IMPLEMENTATIONS:
+        model.set_attn_implementation(implementation)
+        output = model(
+            ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, labels=labels
+        )
+        close(output.logits, expected)
+        parameters = double_parameters(model)
+        assert_same_gradients(model, output.loss, parameters, oracle_loss(parameters, model.config, flat))
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax", "scaled_softpick"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_cu_seq_lens_separate_documents(implementation, normalizer, with_positions):
+    """What DataCollatorWithFlattening(return_flash_attn_kwargs=True) passes."""
+    model = tiny_model(normalizer, implementation)
+    ids, position_ids, documents = packed(LENGTHS[:1])
+    cu = boundaries(LENGTHS[0])
+    for arguments in ({"cu_seq_lens_q": cu, "cu_seq_lens_k": cu.clone()}, {"cu_seq_lens_q": cu}):
+        if with_positions:
+            arguments["position_ids"] = position_ids
+        output = model(ids, labels=ids.masked_fill(position_ids == 0, -100), max_length_q=70, **arguments)
+        close(output.logits, alone(model, documents))
+        parameters = double_parameters(model)
+        flat = [document for document in documents[0] if len(document) > 1]
+        assert_same_gradients(model, output.loss, parameters, oracle_loss(parameters, model.config, flat))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 5])}, "rise from 0 to the row length 10"),
+        ({"cu_seq_lens_q": torch.tensor([0, 7, 4, 10])}, "rise from 0"),
+        ({"cu_seq_lens_q": torch.tensor([2, 10])}, "rise from 0"),
+        ({"cu_seq_lens_q": torch.tensor([0, 10]), "cu_seq_lens_k": torch.tensor([0, 4, 10])}, "differ"),
+        ({"cu_seq_lens_k": torch.tensor([0, 10])}, "cu_seq_lens_q missing"),
+        ({"attention_mask": torch.ones(1, 9)}, "attention_mask covers 9 tokens"),
+        ({"attention_mask": torch.zeros(1, 1, 10, 10)}, "torch.bool.*additive"),
+    ],
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_boundaries_and_masks_that_do_not_fit_are_refused(implementation, arguments, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        tiny_model(implementation=implementation)(tokens(1, 10), **arguments)
+
+
+def test_cu_seq_lens_of_a_batch_are_refused():
+    with pytest.raises(ValueError, match="one row"):
+        tiny_model()(tokens(2, 10), cu_seq_lens_q=torch.tensor([0, 10]))
+
+
+def padded(lengths: tuple[int, ...], side: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One document a row, padded with token 0 to the longest; its mask; the documents."""
+    ids = tokens(len(lengths), max(lengths))
+    index = torch.arange(max(lengths))
+    count = torch.tensor(lengths)[:, None]
+    mask = index >= max(lengths) - count if side == "left" else index < count
+    return ids.masked_fill(~mask, 0), mask.long(), [row[m] for row, m in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("positions", ["counted", "generate", "none"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_padding_equals_no_padding(normalizer, side, positions):
+    """Also for scaled_*, where log n must count tokens of the document and not columns of the row."""
+    model = tiny_model(normalizer)
+    ids, mask, documents = padded((70, 3, 41), side)
+    position_ids = None
+    if positions != "none":  # generate() gives padding a position of its own
+        position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1 if positions == "generate" else 0)
+    labels = ids.masked_fill(mask == 0, -100)
+    for row, document in enumerate(documents):
+        labels[row, ids.shape[1] - len(document) if side == "left" else 0] = -100
+    parameters = double_parameters(model)
+    expected = [oracle(parameters, model.config, document)[0] for document in documents]
+    for implementation in IMPLEMENTATIONS:
+        model.set_attn_implementation(implementation)
+        for dtype in (torch.int64, torch.bool):
+            output = model(ids, attention_mask=mask.to(dtype), position_ids=position_ids, labels=labels)
+            for row, logits in enumerate(expected):
+                close(output.logits[row][mask[row].bool()], logits)
+        parameters = double_parameters(model)
+        assert_same_gradients(model, output.loss, parameters, oracle_loss(parameters, model.config, documents))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("normalizer", ["softpick", "scaled_softpick"])
+def test_packed_rows_with_a_padded_tail(normalizer, implementation):
+    """What our data module makes: the tail is a document of its own, and here it is masked as well."""
+    model = tiny_model(normalizer, implementation)
+    ids, position_ids, documents = packed([(30, 20, 14), (50, 10, 4)])
+    mask = torch.ones_like(ids)
+    mask[0, 50:] = mask[1, 60:] = 0
+    expected = alone(model, documents)
+    for attention_mask in (mask, None):
+        logits = model(ids, attention_mask=attention_mask, position_ids=position_ids).logits
+        close(logits[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_in_the_middle_is_skipped(implementation):
+    model, ids = tiny_model("scaled_softpick", implementation), tokens(1, 20)
+    mask = torch.ones_like(ids)
+    mask[0, 5:9] = 0
+    kept = torch.cat([ids[0, :5], ids[0, 9:]])
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits = model(ids, attention_mask=mask, position_ids=position_ids).logits[mask.bool()]
+    close(logits, oracle(double_parameters(model), model.config, kept)[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_of_nothing_but_padding_are_finite(implementation):
+    """generate() and lm-eval pad to batches; a NaN there would spread through the loss."""
+    model, ids = tiny_model(implementation=implementation), tokens(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    output = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    output.loss.backward()
+    assert output.logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    close(output.logits[0], oracle(double_parameters(model), model.config, ids[0])[0])
+
+
+@pytest.mark.parametrize("window", [1, 7, 65, 200])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_sliding_window(normalizer, implementation, window):
+    """Plain, packed and padded; scaled_* still count from the start of the document, not of the window."""
+    model = tiny_model(normalizer, implementation, sliding_window=window)
+    ids, position_ids, documents = packed(LENGTHS)
+    close(model(ids, position_ids=position_ids).logits, alone(model, documents))
+    close(model(ids).logits, alone(model, [[row] for row in ids]))
+    ids, mask, documents = padded((70, 20), "left")
+    logits = model(ids, attention_mask=mask).logits
+    for row, document in enumerate(documents):
+        close(logits[row][mask[row].bool()], oracle(double_parameters(model), model.config, document)[0])
+
+
+def test_windows_reach_the_gradients():
+    model = tiny_model(sliding_window=5)
+    ids, position_ids, documents = packed(LENGTHS[:1])
+    labels = ids.masked_fill(position_ids == 0, -100)
+    for implementation in IMPLEMENTATIONS:
+        model.set_attn_implementation(implementation)
+        parameters = double_parameters(model)
+        expected = oracle_loss(parameters, model.config, [d for d in documents[0] if len(d) > 1])
+        loss = model(ids, position_ids=position_ids, labels=labels).loss
+        assert_same_gradients(model, loss, parameters, expected)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_boolean_4d_masks_are_honoured(implementation, heads):
+    """A packed row said as an explicit mask."""
+    model = tiny_model("rectified_softmax", implementation)
+    ids, position_ids, documents = packed(LENGTHS)
+    document = (position_ids == 0).cumsum(-1)
+    mask = (document[:, :, None] == document[:, None, :]).tril()[:, None].expand(-1, heads, -1, -1)
+    close(model(ids, attention_mask=mask, position_ids=position_ids).logits, alone(model, documents))
+
+
+def test_softmax_through_sdpa_keeps_packed_documents_apart():
+    """transformers' own implementations are allowed for softmax, and must be as right as ours."""
+    model = tiny_model("softmax", "sdpa")
+    ids, position_ids, documents = packed(LENGTHS)
+    for arguments in ({}, {"use_cache": True}, {"attention_mask": torch.ones_like(ids)}):
+        close(model(ids, position_ids=position_ids, **arguments).logits, alone(model, documents))
+
+
+def test_scaled_softmax_through_sdpa_has_its_scale():
+    model, ids = tiny_model("scaled_softmax", "sdpa"), tokens(1, 30)
+    close(model(ids).logits[0], oracle(double_parameters(model), model.config, ids[0])[0])
