@@ -1,4 +1,4 @@
-"""Tiny models, and a Llama in plain float64 formulas that shares no code with the package: what the models must compute.
+"""Tiny models, and a Llama in plain float64 formulas that shares no code with the package: what they must compute.
 
 The oracle runs one document without padding or cache. Everything else (packing, padding, caches, windows over caches)
 must equal it, document by document.
