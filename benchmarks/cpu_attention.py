@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_attention.py [--repeats 9] [--quick]
 
-Promises: T=2048, H=12, D=64, float32, causal, forward and backward: at most 1.6x the time of SDPA and at least 6x faster
+Promises: T=2048, H=12, D=64, float32, causal, forward and backward: at most 1.6x the time of SDPA, at least 6x faster
 than dense softpick; T=16384, H=4, D=64: under 1.5 GiB above start. Writes benchmarks/results/cpu_attention.json.
 """
 
