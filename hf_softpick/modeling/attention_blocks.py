@@ -52,8 +52,7 @@ class Layout:
         if not math.isfinite(total):  # an overflowing sum of finite numbers only costs time
             query, key, value = spread_nonfinite(query, key, value)
         self.query = self.rows_first(query)
-        self.key = key.to(self.dtype).reshape(-1, self.key_length, self.dim)
-        self.value = value.to(self.dtype).reshape(-1, self.key_length, self.value_dim)
+        self.key, self.value = (x.to(self.dtype).flatten(0, 1) for x in (key, value))
 
     def rows_first(self, x: Tensor) -> Tensor:
         """[B, H, T, E] -> [N, T, G, E] contiguous, so that a block of rows of all its heads is one matrix."""
@@ -120,10 +119,12 @@ def _slice_heads(hidden: Hidden, n0: int, n1: int) -> Hidden:
 
 def _extents(start: Tensor, end: Tensor) -> list[tuple[int, ...]]:
     """(row0, row1, lowest start, highest end, highest start, lowest end) of each block of queries, on the host."""
+    if start.shape[0] == 0:
+        return []
     edges = range(0, start.shape[0], BLOCK_ROWS)
     rows = [
         torch.stack([s.amin(), e.amax(), s.amax(), e.amin()])
         for s, e in zip(start.split(BLOCK_ROWS), end.split(BLOCK_ROWS), strict=True)
     ]
-    extents = torch.stack(rows).tolist() if rows else []
+    extents = torch.stack(rows).tolist()
     return [(r, min(r + BLOCK_ROWS, start.shape[0]), *extent) for r, extent in zip(edges, extents, strict=True)]

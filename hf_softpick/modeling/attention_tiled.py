@@ -45,12 +45,11 @@ def tiled_attention(
     """
     kind = base_normalizer(normalizer)
     _check_shapes(query, key, value)
+    _check_visible(visible, query, key)
     if isinstance(visible, VisibleKeys):
         return _forward(query, key, value, visible.start, visible.end, visible.keys, None, scale, kind)[0]
-    if visible.dtype != torch.bool:
-        raise ValueError(f"the mask has dtype {visible.dtype}, expected torch.bool with True = visible")
-    batch, heads, length, _ = query.shape
-    mask = visible.expand(-1, -1, length, key.shape[2])
+    length = query.shape[2]
+    mask = visible[(None,) * (4 - visible.ndim)].expand(-1, -1, length, key.shape[2])
     start = torch.zeros(1, length, dtype=torch.int64, device=query.device)
     return _forward(query, key, value, start, start + key.shape[2], None, mask, scale, kind)[0]
 
@@ -69,6 +68,30 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: expected "
             "[B, H, T, D], [B, Hkv, S, D] and [B, Hkv, S, Dv] with H a multiple of Hkv"
         )
+    if not all(x.is_floating_point() for x in (query, key, value)):
+        raise ValueError(
+            f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}, expected floats"
+        )
+
+
+def _check_visible(visible: VisibleKeys | Tensor, query: Tensor, key: Tensor) -> None:
+    batch, heads, length, _ = query.shape
+    if isinstance(visible, VisibleKeys):
+        intervals, keys = tuple(visible.start.shape), visible.keys
+        fits = intervals == tuple(visible.end.shape) and intervals in ((1, length), (batch, length))
+        if not fits or (keys is not None and tuple(keys.shape) != (batch, key.shape[2])):
+            given = {name: tuple(x.shape) for name, x in visible._asdict().items() if x is not None}
+            raise ValueError(
+                f"the visible keys {given} do not fit {batch} rows of {length} queries and {key.shape[2]} keys: "
+                "expected start and end [B or 1, T], keys [B, S]"
+            )
+        return
+    if visible.dtype != torch.bool:
+        raise ValueError(f"the mask has dtype {visible.dtype}, expected torch.bool with True = visible")
+    wanted = (batch, heads, length, key.shape[2])
+    shape = (1,) * (4 - visible.ndim) + tuple(visible.shape)
+    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):
+        raise ValueError(f"the mask has shape {tuple(visible.shape)}, expected one that broadcasts to {wanted}")
 
 
 def _scores(layout: Layout, query: Tensor, block: Block, kind: str, out: Tensor) -> Tensor:
@@ -90,7 +113,8 @@ def _view(buffer: Tensor, *shape: int) -> Tensor:
 def _shift(level: Tensor, kind: str) -> Tensor | None:
     """What rows at this level are shifted by, None where none needs it; row by row, so no row depends on another."""
     far = level > SHIFT_LIMIT if kind == "softpick" else (level.abs() > SHIFT_LIMIT) & level.isfinite()
-    return torch.where(far, level, 0.0) if bool(far.any()) else None
+    # A whole number, whose exp2 is exact in a SIMD and in a scalar loop alike, so that a score of 0 weighs exactly 0.
+    return torch.where(far, level.ceil(), 0.0) if bool(far.any()) else None
 
 
 def _softpick_p(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
@@ -145,7 +169,7 @@ def _forward(
         out[rows] = acc.div_(norm).unflatten(1, (-1, layout.groups))
         log_norm = norm.log2_() if shift is None else norm.log2_() + shift
         lse[rows] = log_norm.view(log_norm.shape[0], -1, layout.groups)
-    out = layout.heads_first(out).transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format)
+    out = layout.heads_first(out).transpose(1, 2).to(value.dtype).contiguous()
     return out, layout.heads_first(lse[..., None])[..., 0].contiguous()
 
 
@@ -182,7 +206,7 @@ def _backward(
     # Dividing the rows of grad by the denominator spares dividing the T x S weights.
     factor = torch.exp2(-level if shift_all is None else shift_all - level)
     grad, delta = grad * factor, delta * factor
-    dq, dk, dv = (torch.zeros_like(x) for x in (scaled, layout.key, layout.value))
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (scaled, layout.key, layout.value))
     buffer = None
     for block in layout.blocks():
         buffer = _buffer(buffer, block, layout, 3)
@@ -209,7 +233,7 @@ def _backward(
         dq[block.n0 : block.n1, block.row0 : block.row1] = torch.bmm(dx, keys_).unflatten(1, (-1, layout.groups))
         block_dk.baddbmm_(dx.transpose(1, 2), layout.matrix(scaled, block))
     return (
-        layout.heads_first(dq.mul_(scale)).to(query.dtype, memory_format=torch.contiguous_format),
+        layout.heads_first(dq.mul_(scale)).to(query.dtype).contiguous(),
         dk.div_(LOG2E).view(key.shape).to(key.dtype),
         dv.view(value.shape).to(value.dtype),
     )

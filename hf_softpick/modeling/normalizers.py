@@ -16,6 +16,8 @@ def _visible_scores(scores: Tensor, mask: Tensor | None, fill: float) -> Tensor:
             f"mask has dtype {mask.dtype}, expected torch.bool (True = visible). An additive mask cannot exclude a "
             "key from softpick's denominator; pass `additive_mask == 0` instead."
         )
+    if not scores.is_floating_point():
+        raise ValueError(f"scores have dtype {scores.dtype}, expected a floating dtype: the weights are fractions")
     scores = scores if scores.dtype == torch.float64 else scores.float()
     return scores if mask is None else torch.where(mask, scores, fill)
 
@@ -34,7 +36,7 @@ def softpick(x: Tensor, dim: int = -1, mask: Tensor | None = None, eps: float = 
         without a positive visible score is 0; one with a visible NaN or +inf is NaN.
 
     Raises:
-        ValueError: `mask` is not boolean.
+        ValueError: `mask` is not boolean, or `x` not floating.
 
     Source: Zuhri, Fuadi, Aji 2025, arXiv 2504.20966; shift m = max(0, max x), so that nothing overflows.
     """
