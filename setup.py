@@ -33,7 +33,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "wandb": ["wandb>=0.20"],
     "tensorboard": ["tensorboard>=2.18"],
-    "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "setuptools>=65.5", "wheel"],
+    "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "setuptools>=70.1"],
 }
 
 setup(

@@ -22,6 +22,7 @@ HINTS = {
     "use_cache": "it is always true in the saved configuration",
     "torch_dtype": "weights are float32; write training.bf16: true for mixed precision",
     "dtype": "weights are float32; write training.bf16: true for mixed precision",
+    "softpick_eps": "it belongs to the definition of softpick, 1e-6",
     "model_type": "it is always softpick",
     "num_layers": "it is called model.num_hidden_layers",
     "num_heads": "it is called model.num_attention_heads",
@@ -93,8 +94,6 @@ class ModelSettings(Section):
     mlp_bias: bool | None = None
     sliding_window: int | None = Field(default=None, ge=1)
     """Tokens that a query sees, itself included; unset: all before it."""
-    softpick_eps: float | None = Field(default=None, gt=0, le=1e-2)
-    """Added to the unshifted denominator; unset: 1e-6."""
 
     def config_fields(self) -> dict[str, Any]:
         """Keyword arguments for SoftpickConfig that the recipe decides; without the vocabulary, see `vocab_size`."""

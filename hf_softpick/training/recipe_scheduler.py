@@ -1,6 +1,6 @@
 """Which keywords a learning rate schedule takes, read from the installed transformers' source without importing it.
 
-transformers passes training.lr_scheduler_kwargs on when training begins, so a wrong one is found after the data is made.
+transformers reads training.lr_scheduler_kwargs when training begins: a wrong one is found after the data is made.
 """
 
 import ast
@@ -42,7 +42,10 @@ def _function(kind: str) -> ast.FunctionDef | None:
     member = next((name for name, value in string_members(types).items() if value == kind), None)
     for node in module.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TYPE_TO_SCHEDULER_FUNCTION":
-            table = {ast.unparse(key): ast.unparse(value) for key, value in zip(node.value.keys, node.value.values)}
+            table = {
+                ast.unparse(key): ast.unparse(value)
+                for key, value in zip(node.value.keys, node.value.values, strict=True)
+            }
             name = table.get(f"SchedulerType.{member}")
             return next((n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == name), None)
     return None

@@ -215,10 +215,12 @@ def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def dotted(path: KeyPath) -> str:
+    """`path` as it is written in overrides and messages."""
     return ".".join(map(str, path))
 
 
 def shorten(text: str, limit: int = 60) -> str:
+    """`text`, cut where a message would drown in it."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
