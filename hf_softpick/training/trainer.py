@@ -70,16 +70,14 @@ class SoftpickTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices alone decay: norms, biases and per-head scales have one dimension, also when ZeRO-3 hides it."""
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+        named = model.named_parameters(remove_duplicate=False)  # tied weights go by both names
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}
         return [name for name in super().get_decay_parameter_names(model) if len(shapes[name]) >= 2]
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """One update's micro-batches and the number of their targets over all ranks, never 0 (it is divided by)."""
+        """One update's micro-batches and the number of their targets over all ranks; notes when there is none."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if targets is not None:
-            targets = torch.as_tensor(targets)
-            self.no_targets = not targets.item()
-            targets = targets.clamp(min=1)
+        self.no_targets = targets is not None and not int(targets)
         return batches, targets
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -99,10 +97,10 @@ class SoftpickTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """Forward and backward. The base class sums what this returns for ever, so a NaN must not enter that sum."""
+        """Forward and backward of one micro-batch; counts its tokens, padding included."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+        return loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:
         """Called once before each optimizer step, with the gradients reduced: apply or refuse, the same on all ranks.
