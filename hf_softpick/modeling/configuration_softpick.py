@@ -16,7 +16,7 @@ class SoftpickConfig(LlamaConfig):
     sliding_window (`int`, optional): a query sees itself and the sliding_window - 1 tokens before it.
 
     Raises:
-        ValueError: the normalizer is unknown, or the window is not positive.
+        ValueError: the normalizer is unknown, or the window is below 2.
 
     Source: arXiv 2504.20966; block layout and parameter names are Llama's.
     """
@@ -31,8 +31,9 @@ class SoftpickConfig(LlamaConfig):
         super().validate_architecture()
         if self.normalizer not in NORMALIZERS:
             raise ValueError(f"normalizer is {self.normalizer!r}, expected one of {', '.join(NORMALIZERS)}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window is {self.sliding_window}, expected None or at least 1")
+        # transformers' cache for a window of 1 keeps every key and says that it keeps none.
+        if self.sliding_window is not None and self.sliding_window < 2:
+            raise ValueError(f"sliding_window is {self.sliding_window}, expected None or at least 2")
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

@@ -228,7 +228,7 @@ def test_inputs_embeds_stand_for_tokens():
     ("changes", "message"),
     [
         ({"normalizer": "softpik"}, "'softpik'.*softpick, softmax"),
-        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"sliding_window": 1}, "sliding_window is 1.*at least 2"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple"),
     ],
 )

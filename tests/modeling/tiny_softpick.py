@@ -125,5 +125,5 @@ def assert_same_gradients(model, loss: Tensor, parameters: dict[str, Tensor], ex
         )
 
 
-def close(actual: Tensor, expected: Tensor, atol: float = 2e-5) -> None:
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(actual.detach().double(), expected.detach().double(), atol=atol, rtol=1e-4)
