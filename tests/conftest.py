@@ -1,4 +1,4 @@
-"""What every test gets: no network, one torch thread in each worker, a data cache that goes away, gpu tests skipped by name."""
+"""What every test gets: no network, one thread in each worker, a data cache that goes away; gpu tests skip by name."""
 
 import os
 import shutil

@@ -182,6 +182,7 @@ def test_overrides_are_named(message):
         ("training.max_steps=[1", "override training.max_steps: not valid YAML"),
         ("data.sources.4.path=x", "data.sources"),
         ("training.max_steps.x=1", "training.max_steps has no item 'x'"),
+        ("tokenizer.from=3", "tokenizer.from is 3, expected text"),
         ("modl.hidden_size=4", "modl is unknown; did you mean model?"),
         ("model=3", "model is 3, expected a mapping"),
         ("training.logging_nan_inf_filter=true", "expected false"),
