@@ -120,8 +120,6 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
     backend.no_truncation()
     backend.no_padding()
     if not _prompt_is_right(tokenizer, settings):
-        # Some classes rebuild their template from these flags when they are loaded; the others keep the template.
-        tokenizer.add_bos_token, tokenizer.add_eos_token = settings.add_bos, False
         bos = tokenizer.bos_token if settings.add_bos else None
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A" if bos else "$A",

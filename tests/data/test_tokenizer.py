@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from hf_softpick.data.settings import SourceSettings, TokenizerSettings
 from hf_softpick.data.sources import open_sources
@@ -85,17 +85,20 @@ def test_prompt_has_bos_as_the_recipe_says_and_never_eos(tmp_path, template, add
     assert tokenizer("def f").input_ids == [0] * add_bos + bare
 
 
-def test_prompt_of_a_class_that_rebuilds_its_template(tmp_path):
-    """LlamaTokenizer ignores the saved template and makes one from add_bos_token and add_eos_token."""
-    folder = make_tokenizer(tmp_path / "hub", "<s> $A </s>", bos_token="<s>", eos_token="</s>")
-    path = tmp_path / "hub" / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(config | {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": True})
+def test_prompt_of_a_class_with_its_own_template(tmp_path):
+    """LlamaTokenizer makes its template from add_bos_token and add_eos_token, not from tokenizer.json."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    special = ["<unk>", "<s>", "</s>"]
+    backend.train_from_iterator(["def f"], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=False, add_eos_token=True).save_pretrained(
+        tmp_path / "hub"
     )
-    tokenizer = saved(TokenizerSettings(from_=folder), tmp_path / "saved")
+    tokenizer = saved(TokenizerSettings(from_=str(tmp_path / "hub")), tmp_path / "saved")
+    assert isinstance(tokenizer, LlamaTokenizer)
     ids = tokenizer("def f").input_ids
-    assert ids[0] == 0 and 1 not in ids and 0 not in ids[1:]
+    assert ids[0] == 1 and not {1, 2} & set(ids[1:])
 
 
 def test_encoder_adds_nothing_cuts_nothing_and_reads_special_tokens_as_text(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from hf_softpick.data import tokenizing
 from hf_softpick.data.settings import SourceSettings, TokenizerSettings
@@ -29,7 +30,12 @@ def source(tmp_path):
 
 @pytest.fixture
 def tokenizer(source):
-    return train_tokenizer(open_sources([source]), 300)
+    """One that adds BOS and EOS by itself, as many on the Hub do; a corpus must not get them twice."""
+    tokenizer = train_tokenizer(open_sources([source]), 300)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    return tokenizer
 
 
 def run(sources, tokenizer, path, settings=None, **kwargs):
