@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE ?= recipes/softpick_tiny.yaml
 WORKERS ?= 2
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test lint format clean
@@ -26,8 +27,9 @@ $(STAMP): requirements.txt setup.py | $(BIN)/python
 
 install: $(STAMP)
 
+# accelerate gives a process one thread unless it is told otherwise; without a GPU that would waste the other cores.
 train: $(STAMP)
-	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml -m hf_softpick.train $(RECIPE) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml -m hf_softpick.train $(RECIPE) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

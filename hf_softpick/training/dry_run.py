@@ -171,6 +171,9 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
     if given.get("use_cpu", False) or not _has_accelerator():
         if memory and memory.total > _machine_memory():
             yield f"this machine has {_machine_memory() / GIB:.0f} GiB of memory, less than a process needs."
+        cores = os.cpu_count() or 1
+        if os.environ.get("OMP_NUM_THREADS") == "1" and os.environ.get("WORLD_SIZE", "1") == "1" and cores > 1:
+            yield f"one thread on {cores} cores (accelerate's default); launch with OMP_NUM_THREADS={cores}."
         for name in ("bf16", "fp16"):
             if given.get(name):
                 yield f"training.{name} is true and there is no GPU: on most CPUs this is slower than float32."

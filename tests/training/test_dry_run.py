@@ -1,6 +1,7 @@
 """What --dry-run says must be true: parameters exactly, memory within a fifth of what autograd really keeps."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ run: {name: small}
 def recipe(tmp_path, monkeypatch):
     """A recipe with overrides, read in an empty folder on a machine with one process."""
     monkeypatch.chdir(tmp_path)
-    for name in ("WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+    for name in ("WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "r.yaml").write_text(TEXT)
     return lambda *overrides: load_recipe("r.yaml", overrides)
@@ -197,6 +198,15 @@ def test_a_local_model_is_counted(recipe, tmp_path):
 def test_what_looks_wrong(recipe, override, expected):
     assert expected not in describe(recipe())
     assert expected in describe(recipe(override)).split("What looks wrong:")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or os.cpu_count() == 1, reason="several cores and no GPU")
+def test_one_thread_on_several_cores(recipe, monkeypatch):
+    """What `accelerate launch` gives a single process on a CPU."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert "launch with OMP_NUM_THREADS=" in describe(recipe())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "launch with OMP_NUM_THREADS=" not in describe(recipe())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is wrong without a GPU")
