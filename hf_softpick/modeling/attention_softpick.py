@@ -21,7 +21,10 @@ IMPLEMENTATIONS = ("auto", "eager", "tiled")
 _UNSUPPORTED = {
     "softcap": "softcap (tanh on the scores)",
     "s_aux": "s_aux (attention sinks)",
+    "sinks": "sinks (attention sinks)",
     "position_bias": "position_bias",
+    "indices": "indices (a choice of keys)",
+    "block_indices": "block_indices (a choice of blocks of keys)",
     "cache": "a paged cache",
 }
 
@@ -133,32 +136,41 @@ def _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_le
         position_ids = None  # multimodal rotary positions say nothing of documents
     if attention_mask is None:
         # One query sees the whole cache; an empty static cache is longer than the input and aligned at the top left.
-        offset = key_length - 1 if length == 1 else 0
         return visible_keys(
             length,
             key_length,
             query.device,
-            query_offset=offset,
-            position_ids=position_ids if length > 1 else None,
+            query_offset=key_length - 1 if length == 1 else 0,
+            position_ids=position_ids,
             cu_seq_lens=cu_seq_lens if length > 1 else None,
             sliding_window=sliding_window,
         )
     mask = check_mask(attention_mask)
-    if length == 1 or (position_ids is None and cu_seq_lens is None):
+    if position_ids is None and cu_seq_lens is None:
         return mask
     # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
-    # Only position 0 begins a document here: under a mask of the user's own, other positions may repeat (draft trees).
     position = position_ids if cu_seq_lens is None else document_starts(cu_seq_lens, length)
-    begins = position.to(mask.device) == 0
+    position = position.to(mask.device)
     if length != key_length:
-        if not torch.compiler.is_compiling() and bool((begins & mask.any(-1).any(1))[:, 1:].any()):
-            raise ValueError(
-                "position_ids restart inside an input that is shorter than its cache: packed documents cannot be kept "
-                "apart there. Pass one document a row, or no cache."
-            )
-        return mask
-    document = (begins & mask.diagonal(dim1=-2, dim2=-1).any(1)).cumsum(-1)
+        return _hide_earlier_documents(mask, position)
+    # Only position 0 begins a document here: under a mask of the user's own, other positions may repeat (draft trees).
+    begins = (position == 0) & mask.diagonal(dim1=-2, dim2=-1).any(1)
+    document = begins.cumsum(-1)
     return mask & (document[:, None, :, None] == document[:, None, None, :])
+
+
+def _hide_earlier_documents(mask: Tensor, position: Tensor) -> Tensor:
+    """Over a cache: a query at position p of its document sees the newest p + 1 of its visible keys, none older.
+
+    Keys behind the query stay, an image prefix may see them. Its column is not known here, but the last query's is the
+    last column that anything sees.
+    """
+    length, key_length = mask.shape[2:]
+    column = torch.arange(key_length, device=mask.device)
+    last = torch.where(mask, column, -1).amax()
+    own = last - (length - 1) + torch.arange(length, device=mask.device)
+    age = (mask & (column <= own[:, None])).flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+    return mask & (age <= position[:, None, :, None] + 1)
 
 
 def attention_mask_function(
