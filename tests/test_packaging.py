@@ -3,10 +3,10 @@
 import ast
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -100,9 +100,11 @@ def test_public_names_of_the_installed_package(installed):
 def test_help_is_quick_from_outside(installed, command):
     best = 60.0
     for _ in range(3):
-        start = time.perf_counter()
+        # Of the processor: other tests run beside this one.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = installed("-m", f"hf_softpick.{command}", "--help")
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert found.returncode == 0, found.stderr
         assert "recipe" in found.stdout.lower()
     assert best < 2.0
