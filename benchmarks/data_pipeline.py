@@ -50,13 +50,15 @@ def main() -> None:
     disable_caching()
     disable_progress_bars()
     torch.set_num_threads(1)
+    # Another process on the same cores spoils absolute figures; the file says so.
+    load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             *measure_tokenizing(Path(folder), options.rounds),
             *measure_packing(Path(folder), options.rounds),
             *measure_reading(Path(folder), options.rounds),
         ]
-    environment = describe_machine()
+    environment = describe_machine() | {"load_before": load}
     for row in rows:
         print(format_row(row))
     print(", ".join(f"{key} {value}" for key, value in environment.items()))

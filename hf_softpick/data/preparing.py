@@ -13,7 +13,7 @@ from hf_softpick.data.settings import DataSettings, TokenizerSettings
 from hf_softpick.data.sources import Source, open_sources
 from hf_softpick.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from hf_softpick.data.tokenizing import TokenizedCorpus, tokenize
-from hf_softpick.errors import DataError, RecipeError
+from hf_softpick.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,12 +55,9 @@ def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: boo
 
     Raises:
         DataError: the data cannot be read or nothing usable is left of it.
-        RecipeError: an unknown kind of packing.
         StorageError: the cache folder cannot be written.
     """
     sources = open_sources(data.sources)
-    if data.packing != "best_fit":
-        raise RecipeError(f"data.packing is '{data.packing}', allowed: best_fit")
     loaded = load_tokenizer(tokenizer) if tokenizer.from_ is not None else None
     identity = _identity(data, tokenizer, sources, loaded)
     directory = cache_root(data.cache_dir) / f"packed-{fingerprint(identity)}"

@@ -17,7 +17,7 @@ SAMPLE_BYTES = 64 * 2**20
 """Text on which a BPE is trained at most: more costs minutes and moves no merge that matters."""
 
 
-def train_tokenizer(sources: Sequence[Source], vocab_size: int, progress: bool = False) -> "PreTrainedTokenizerFast":
+def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE on a bounded, deterministic sample of the sources; ids 0, 1, 2 are BOS, EOS and PAD.
 
     A corpus with too few distinct pairs gives a smaller vocabulary: trust len(tokenizer), not `vocab_size`.
@@ -32,7 +32,7 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int, progress: bool =
         vocab_size=vocab_size,
         special_tokens=[BOS, EOS, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=progress,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(sample_texts(sources, SAMPLE_BYTES), trainer)
     return PreTrainedTokenizerFast(

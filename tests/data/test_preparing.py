@@ -18,7 +18,7 @@ from hf_softpick.data import preparing
 from hf_softpick.data.cache import MANIFEST
 from hf_softpick.data.preparing import prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
-from hf_softpick.errors import DataError, RecipeError, StorageError
+from hf_softpick.errors import DataError, StorageError
 
 TOKENIZER = TokenizerSettings(train_bpe=280)
 TEXTS = [f"document {number}: " + "the quick brown fox\n" * (number % 9 + 1) for number in range(200)]
@@ -234,11 +234,6 @@ def test_fewer_rows_than_a_step_takes(data):
     prepared.require_rows(len(prepared.train))
     with pytest.raises(DataError, match="training rows of 64 tokens, but one optimizer step takes 100000"):
         prepared.require_rows(100_000)
-
-
-def test_unknown_packing(data):
-    with pytest.raises(RecipeError, match="'greedy', allowed: best_fit"):
-        prepare(data, packing="greedy")
 
 
 def test_cache_folder_that_cannot_be_made(data, tmp_path):
