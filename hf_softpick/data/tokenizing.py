@@ -1,27 +1,22 @@
 """From documents to one flat file of token ids, in bounded memory and on all cores. packing.py makes rows of it.
 
-Threads inside `tokenizers` by default; `num_proc` processes where those threads stop scaling. The result is the same.
+Batches of texts are encoded by encoding.py; here documents become batches, and ids become documents again.
 """
 
-import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hf_softpick.data.encoding import encoders
 from hf_softpick.data.settings import TokenizerSettings
 from hf_softpick.data.sources import Source
-from hf_softpick.data.tokenizer import encoder_of
 from hf_softpick.errors import DataError
 
 if TYPE_CHECKING:
@@ -89,7 +84,7 @@ def tokenize(
     writer = _Writer(path, tokenizer, settings)
     documents = _Documents(sources, seed)
     bar = _progress_bar(sources, progress)
-    with path.open("wb") as file, _encoders(tokenizer, num_proc) as (submit, lookahead), bar:
+    with path.open("wb") as file, encoders(tokenizer, num_proc) as (submit, lookahead), bar:
         pending: deque[tuple[list[_Piece], Future]] = deque()
 
         def finish() -> None:
@@ -246,50 +241,6 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-@contextmanager
-def _encoders(tokenizer: "PreTrainedTokenizerFast", num_proc: int | None) -> Iterator[tuple[Callable, int]]:
-    """A function that submits texts for encoding, and how many batches to keep under way."""
-    encoder = encoder_of(tokenizer)
-    if num_proc is None or num_proc == 1:
-        # Encoding releases the interpreter lock: a second batch fills the cores while the first is converted.
-        with ThreadPoolExecutor(2) as executor:
-            yield partial(executor.submit, _encode, encoder), 2
-        return
-    executor = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (encoder.to_str(),))
-    try:
-        yield partial(executor.submit, _encode_in_worker), num_proc + 2
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a tokenizing process died, probably for lack of memory. Lower data.num_proc ({num_proc})."
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _encode(encoder: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    ids = [
-        np.array(encoding.ids, np.uint32) for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)
-    ]
-    return np.concatenate(ids), np.array([len(part) for part in ids], np.int64)
-
-
-_worker_encoder: Any = None
-
-
-def _start_worker(serialized: str) -> None:
-    """Runs once in each worker process; the switch for special tokens in text is not serialized."""
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    _worker_encoder = Tokenizer.from_str(serialized)
-    _worker_encoder.encode_special_tokens = True
-
-
-def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    return _encode(_worker_encoder, texts)
 
 
 def _progress_bar(sources: Sequence[Source], progress: bool) -> Any:
