@@ -183,7 +183,8 @@ def attention_mask_function(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """transformers' mask function: None for plain causal attention, also when compiling, else bool [B, 1, T, S]."""
+    """transformers' mask function: None for plain causal attention, else bool [B, 1, T, S]; also for plain
+    attention while tracing, when transformers always asks for packed attention."""
     plain = mask_function is causal_mask_function and attention_mask is None and kv_offset == 0
     if plain and isinstance(q_offset, int) and (q_offset == 0 or q_length == 1) and kv_length >= q_offset + q_length:
         if q_length > 1 or kv_length == q_offset + 1:

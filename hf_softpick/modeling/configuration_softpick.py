@@ -34,6 +34,8 @@ class SoftpickConfig(LlamaConfig):
         # transformers' cache for a window of 1 keeps every key and says that it keeps none.
         if self.sliding_window is not None and self.sliding_window < 2:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected None or at least 2")
+        if not getattr(self, "is_causal", True):
+            raise ValueError("is_causal is False, but SoftpickModel is causal only. Leave it out.")
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

@@ -229,6 +229,7 @@ def test_inputs_embeds_stand_for_tokens():
     [
         ({"normalizer": "softpik"}, "'softpik'.*softpick, softmax"),
         ({"sliding_window": 1}, "sliding_window is 1.*at least 2"),
+        ({"is_causal": False}, "causal only"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple"),
     ],
 )
