@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, UserError
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         _print(error)
+        if os.environ.get("RANK", "0") != "0":
+            # A launcher ends all processes when the first one fails, so let rank 0 have its say first.
+            time.sleep(2)
         return error.exit_code
     finally:
         _leave_process_group()

@@ -92,6 +92,8 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
     if main:
         records = trainer.metrics.read()
         plot_losses(records, recipe.run.directory / "report" / "loss.png", recipe.run.name)
+    # A launcher ends the other processes as soon as one of them leaves with an error code.
+    trainer.accelerator.wait_for_everyone()
     if step < trainer.state.max_steps:
         saved = resume.checkpointing.steps(Path(args.output_dir))
         raise Stopped(

@@ -1,0 +1,167 @@
+"""Checkpoint folders: every damage is found, the newest whole one is used, nothing half-written is ever taken."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+from training_runs import environment, make_trainer
+
+from hf_softpick.errors import CheckpointError
+from hf_softpick.training import checkpointing
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_trainer(folder, max_steps=4, save_strategy="steps", save_steps=2, hub_token="hf_secretsecret").train()
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def root(saved, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+FILES = ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "config.json"]
+
+
+def test_a_checkpoint_is_complete_and_described(saved):
+    """Optimizer, scheduler and random state are needed to go on exactly; the manifest names them all."""
+    assert checkpointing.steps(saved) == [4, 2]
+    manifest = checkpointing.read_manifest(saved / "checkpoint-4")
+    assert set(FILES) <= manifest["files"].keys()
+    assert (manifest["step"], manifest["tokens_seen"]) == (4, 4 * 8 * 32)
+    assert checkpointing.find_newest(saved) == saved / "checkpoint-4"
+    assert not list(saved.glob(".staging*"))
+
+
+def test_no_secret_is_written(saved):
+    """transformers pickles its arguments, token included, beside the weights."""
+    assert not list(saved.rglob("training_args.bin"))
+    for path in saved.rglob("*"):
+        assert path.is_dir() or b"hf_secretsecret" not in path.read_bytes(), path
+
+
+def test_files_can_be_read_by_others(saved):
+    """safetensors writes 0600 whatever the umask says."""
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (saved / "checkpoint-4").iterdir()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "bit flipped", "empty"])
+def test_damage_is_found_and_the_older_one_is_used(root, name, damage):
+    """Four of these load without an error in transformers and train on from something else."""
+    path = root / "checkpoint-4" / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "bit flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    warnings: list[str] = []
+    assert checkpointing.find_newest(root, warnings.append) == root / "checkpoint-2"
+    assert len(warnings) == 1 and name in warnings[0] and "checkpoint-4" in warnings[0]
+    assert (root / "checkpoint-4.corrupt").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 1}', '{"format": 2, "files": {}}', "[]"])
+def test_broken_manifest_is_no_manifest(root, content):
+    """A manifest that cannot be read vouches for nothing."""
+    (root / "checkpoint-4" / checkpointing.MANIFEST).write_text(content)
+    assert checkpointing.find_newest(root, lambda _: None) == root / "checkpoint-2"
+
+
+def test_torn_writes_are_never_taken(root):
+    """Every prefix of the files in writing order, as a crash leaves them in the staging folder or in place."""
+    whole = root / "checkpoint-4"
+    order = sorted(whole.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    torn = root / "checkpoint-6"
+    for count in range(len(order)):
+        torn.mkdir()
+        for path in order[:count]:
+            if path.name != checkpointing.MANIFEST:
+                shutil.copy(path, torn)
+        assert checkpointing.find_newest(root, lambda _: None) == whole
+        shutil.rmtree(root / "checkpoint-6.corrupt")
+
+
+def test_nothing_loadable_is_an_error_now_and_next_time(root):
+    """Starting again from step 0 without a word would throw the run away."""
+    for step in (2, 4):
+        (root / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="checkpoint-4.corrupt"):
+            checkpointing.find_newest(root, lambda _: None)
+    assert CheckpointError.exit_code == 4
+
+
+def test_no_checkpoint_at_all_means_a_fresh_start(tmp_path):
+    """What a crash left in staging is not a checkpoint."""
+    (tmp_path / ".staging-2" / "checkpoint-2").mkdir(parents=True)
+    assert checkpointing.find_newest(tmp_path) is None
+    checkpointing.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rotation_keeps_two(tmp_path):
+    """One would leave nothing to fall back to."""
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert checkpointing.steps(tmp_path / "checkpoints") == [4, 3]
+
+
+DISK_FULL = """
+import resource, sys, signal
+from pathlib import Path
+sys.path.insert(0, "tests")
+from training_runs import make_trainer
+from hf_softpick.errors import StorageError
+from hf_softpick.training import checkpointing
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+trainer = make_trainer(Path(sys.argv[1]), max_steps=4, save_strategy="steps", save_steps=2)
+save = trainer._save_checkpoint
+def full(*args):
+    if trainer.state.global_step == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+    save(*args)
+trainer._save_checkpoint = full
+try:
+    trainer.train()
+except StorageError as error:
+    print("MESSAGE", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [20_000, 150_000])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, limit):
+    """The limit hits the weights (Rust) or the optimizer (C++), which raise different errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=100,
+        cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+    )
+    assert "MESSAGE" in done.stdout, done.stderr
+    assert "step 4 could not be written" in done.stdout and "last good checkpoint is step 2" in done.stdout
+    root = tmp_path / "checkpoints"
+    assert checkpointing.find_newest(root) == root / "checkpoint-2"
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoint-2"]
+
+
+def test_manifest_is_written_last(saved):
+    """A manifest that exists before its files would vouch for a torn checkpoint."""
+    times = {path.name: path.stat().st_mtime_ns for path in (saved / "checkpoint-4").iterdir()}
+    assert max(times, key=times.get) == checkpointing.MANIFEST
+    assert json.loads((saved / "checkpoint-4" / checkpointing.MANIFEST).read_text())["format"] == checkpointing.FORMAT
