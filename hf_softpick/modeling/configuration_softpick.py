@@ -50,5 +50,12 @@ class SoftpickConfig(LlamaConfig):
             output["attn_implementation"] = self.normalizer
         return output
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Without the guard of `to_dict`, so that `from_pretrained(..., normalizer=...)` can change the normalizer."""
+        if config_dict.get("attn_implementation") == config_dict.get("normalizer", cls.normalizer):
+            config_dict = {name: value for name, value in config_dict.items() if name != "attn_implementation"}
+        return super().from_dict(config_dict, **kwargs)
+
 
 __all__ = ["SoftpickConfig"]

@@ -281,6 +281,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
 
     def _softmax_mask(self, visible, inputs_embeds, attention_mask, past_key_values, keys, position_ids):
         """The mask in the form that transformers' softmax implementation in force reads."""
+        _refuse_foreign(self.config.normalizer, self.config._attn_implementation)
         if self.config._attn_implementation == "sdpa":
             return visible.dense(keys)
         packed = bool((visible.position.diff() != 1).any()) and bool((position_ids.diff() != 1).any())

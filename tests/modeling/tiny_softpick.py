@@ -4,6 +4,9 @@ The oracle runs one document without padding or cache. Everything else (packing,
 must equal it, document by document.
 """
 
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -127,3 +130,27 @@ def assert_same_gradients(model, loss: Tensor, parameters: dict[str, Tensor], ex
 
 def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
     torch.testing.assert_close(actual.detach().double(), expected.detach().double(), atol=atol, rtol=1e-4)
+
+
+HIDE_PACKAGE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_softpick":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def without_package(folder: Path) -> dict[str, str]:
+    """Environment of a process where hf_softpick cannot be imported, even if it is installed; files go to `folder`."""
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "sitecustomize.py").write_text(HIDE_PACKAGE)
+    return {
+        **os.environ,
+        "PYTHONPATH": str(folder / "hidden"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
