@@ -72,19 +72,21 @@ def test_second_derivatives_are_refused_not_wrong():
         torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
 
 
-def _operands(kind):
-    tensors, grad = inputs(2, 4, 2, 6, 6, 8, 4, torch.float32)
-    visible = seen(kind, 2, 4, 6, 0)
+def _operands(kind, batch, dtype):
+    tensors, grad = inputs(batch, 4, 2, 6, 6, 8, 4, dtype)
+    visible = seen(kind, batch, 4, 6, 0)
     if isinstance(visible, VisibleKeys):
         return tensors, grad, [visible.start, visible.end, visible.keys, None, 0.5, "softpick"]
     start = torch.zeros(1, 6, dtype=torch.int64)
     return tensors, grad, [start, start + 6, None, visible, 0.5, "softpick"]
 
 
-@pytest.mark.parametrize("kind", ["causal", "holes", "bool_b1"])
-def test_operators_keep_the_contract_of_torch_compile(kind):
-    """Schema, fake tensors (shapes, strides, no aliasing) and autograd registration."""
-    tensors, grad, visible = _operands(kind)
+@pytest.mark.parametrize(
+    "kind, batch, dtype", [("causal", 1, torch.float64), ("holes", 2, torch.float32), ("bool_b1", 2, torch.bfloat16)]
+)
+def test_operators_keep_the_contract_of_torch_compile(kind, batch, dtype):
+    """Schema, fake tensors (shapes, dtypes, strides, no aliasing) and autograd registration."""
+    tensors, grad, visible = _operands(kind, batch, dtype)
     torch.library.opcheck(attention_tiled._forward, (*tensors, *visible))
     tensors = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     out, lse = attention_tiled._forward(*tensors, *visible)
