@@ -53,6 +53,8 @@ class Layout:
             query, key, value = spread_nonfinite(query, key, value)
         self.query = self.rows_first(query)
         self.key, self.value = (x.to(self.dtype).flatten(0, 1) for x in (key, value))
+        # For the gradient of the queries: a hidden NaN key weighs 0 there, and 0 * NaN would reach who cannot see it.
+        self.finite_key = self.key if math.isfinite(total) else self.key.nan_to_num(0.0)
 
     def rows_first(self, x: Tensor) -> Tensor:
         """[B, H, T, E] -> [N, T, G, E] contiguous, so that a block of rows of all its heads is one matrix."""

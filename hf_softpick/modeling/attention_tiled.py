@@ -229,7 +229,7 @@ def _backward(
         else:
             block_dv.baddbmm_(x.transpose(1, 2), block_grad)
             dx.sub_(block_delta).mul_(x)
-        keys_ = layout.key[block.n0 : block.n1, block.key0 : block.key1]
+        keys_ = layout.finite_key[block.n0 : block.n1, block.key0 : block.key1]
         dq[block.n0 : block.n1, block.row0 : block.row1] = torch.bmm(dx, keys_).unflatten(1, (-1, layout.groups))
         block_dk.baddbmm_(dx.transpose(1, 2), layout.matrix(scaled, block))
     return (
