@@ -21,7 +21,8 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
     try:
         model = _new(settings, tokenizer, seed) if settings.from_ is None else _continued(settings)
     except (ValueError, OSError, KeyError) as error:
-        raise RecipeError(f"model: {error}") from error
+        origin = f"model.from {settings.from_}" if settings.from_ is not None else "model"
+        raise RecipeError(f"{origin}: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise RecipeError(
             f"model.vocab_size is {model.config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens. Use the "

@@ -208,11 +208,13 @@ def _finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> Run
         plot_losses(trainer.metrics.read(), directory / "report" / "loss.png", recipe.run.name)
         resume.write_finished(recipe, step, results)
         _print_end(directory, results, samples, len(data.tokenizer))
-        hub = recipe.training.arguments
-        if hub.get("push_to_hub"):
-            repo = hub.get("hub_model_id") or recipe.run.name
-            print("Uploaded:", push(final, repo, hub.get("hub_private_repo", True), hub.get("hub_revision")))
+    # Uploading may take long, and may fail: nobody else has to wait for it.
     trainer.accelerator.wait_for_everyone()
+    hub = recipe.training.arguments
+    if hub.get("push_to_hub") and trainer.is_world_process_zero():
+        private = hub.get("hub_private_repo") is not False
+        repo = hub.get("hub_model_id") or recipe.run.name
+        print("Uploaded:", push(final, repo, private, hub.get("hub_revision")))
     return RunResult(directory, step, results)
 
 

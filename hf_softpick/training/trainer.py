@@ -140,8 +140,8 @@ class SoftpickTrainer(Trainer):
                 "DeepSpeed applied an update with a non-finite gradient norm. Its ZeRO optimizers refuse such updates "
                 "from version 0.19 on; please update deepspeed."
             )
-        # The learning rate is a function of the step number, for refused steps too, as it is without DeepSpeed: the base
-        # class steps its scheduler unless it sees this flag, the engine has left its own where it was.
+        # The learning rate is a function of the step number, for refused steps too, as it is without DeepSpeed: the
+        # base class steps its scheduler unless it sees this flag, the engine has left its own where it was.
         self.model_wrapped.optimizer.overflow = False
         if self.model_wrapped.lr_scheduler is not None:
             self.model_wrapped.lr_scheduler.step()

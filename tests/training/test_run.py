@@ -275,6 +275,15 @@ def test_local_rank_of_the_deepspeed_launcher_is_accepted(folder, capsys):
     assert "missing.yaml" in capsys.readouterr().err
 
 
+def test_failed_upload_is_exit_code_69(folder, capsys):
+    """Offline: training is done and kept, and the message holds the command for later."""
+    overrides = ["run.name=pushed", "training.max_steps=1", "training.push_to_hub=true", "training.hub_model_id=me/x"]
+    assert main([str(folder / "recipe.yaml"), *overrides]) == 69
+    run = folder / "runs" / "pushed"
+    assert (run / "finished.json").exists() and (run / "final" / "model.safetensors").exists()
+    assert f"hf upload me/x {run / 'final'} ." in capsys.readouterr().err
+
+
 def test_environment_is_left_alone(control, copied, monkeypatch):
     """A second run in the same process must not report into the first one's folder."""
     monkeypatch.delenv("WANDB_DIR", raising=False)

@@ -1,0 +1,131 @@
+"""The model of a run: always float32, never softmax by accident, foreign architectures included."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from training_runs import environment, records, write_recipe
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_softpick.data.settings import TokenizerSettings
+from hf_softpick.errors import RecipeError
+from hf_softpick.modeling.configuration_softpick import SoftpickConfig
+from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
+from hf_softpick.train import main
+from hf_softpick.training.build import build_model
+from hf_softpick.training.recipe_model import ModelSettings
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A byte-level BPE with 300 tokens."""
+    from hf_softpick.data.preparing import prepare_data
+    from hf_softpick.training.recipe import load_recipe
+
+    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("tokenizer")))
+    return prepare_data(recipe.data, TokenizerSettings(train_bpe=300), progress=False).tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny Llama of somebody else, saved in bfloat16."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(vocab_size=300, num_key_value_heads=2, max_position_embeddings=64, **SIZES)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _settings(**fields):
+    return ModelSettings.model_validate(fields, by_alias=True)
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "scaled_softpick"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_models_are_drawn_as_transformers_draws_them(tokenizer, normalizer, tied):
+    """Building without the first draw must still initialise, tie and scale everything."""
+    settings = _settings(normalizer=normalizer, tie_word_embeddings=tied, **SIZES)
+    model = build_model(settings, tokenizer, seed=3)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if parameter.ndim == 2:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
+        elif "head_scale" in name:
+            assert (parameter == 0.3).all()
+        else:
+            assert (parameter == 1).all(), name
+    again, other = build_model(settings, tokenizer, seed=3), build_model(settings, tokenizer, seed=4)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
+    assert model.config.vocab_size == len(tokenizer) == 300
+
+
+def test_foreign_model_runs_with_our_attention_in_float32(tokenizer, llama):
+    """transformers would take dtype and attention from the saved configuration."""
+    model = build_model(_settings(**{"from": str(llama), "normalizer": "softpick"}), tokenizer, seed=0)
+    assert type(model) is LlamaForCausalLM and model.dtype == torch.float32
+    assert model.config._attn_implementation == "softpick"
+    softmax = build_model(_settings(**{"from": str(llama), "normalizer": "softmax"}), tokenizer, seed=0)
+    ids = torch.arange(3, 40)[None]
+    assert (model(ids).logits - softmax(ids).logits).abs().max() > 1e-4
+
+
+def test_going_on_from_our_own_model(tokenizer, tmp_path):
+    """The recipe's normalizer wins over the saved one, and the weights are the saved ones."""
+    config = SoftpickConfig(vocab_size=300, normalizer="softmax", **SIZES)
+    saved = SoftpickForCausalLM._from_config(config)
+    saved.save_pretrained(tmp_path)
+    model = build_model(_settings(**{"from": str(tmp_path), "normalizer": "softpick"}), tokenizer, seed=0)
+    assert model.config.normalizer == "softpick"
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"normalizer": "scaled_softpick"}, "parameters of its own"),
+        ({"normalizer": "softpick", "attn_implementation": "tiled"}, "leave it out"),
+    ],
+)
+def test_what_a_foreign_model_cannot_do_is_refused(tokenizer, llama, fields, message):
+    """Named, instead of silently computing something else."""
+    with pytest.raises(RecipeError, match=message):
+        build_model(_settings(**{"from": str(llama), **fields}), tokenizer, seed=0)
+
+
+def test_tokenizer_larger_than_the_model(tokenizer, tmp_path):
+    """An IndexError on CPU, an asynchronous assertion on a GPU."""
+    LlamaForCausalLM(LlamaConfig(vocab_size=299, **SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="vocab_size is 299, but the tokenizer has 300"):
+        build_model(_settings(**{"from": str(tmp_path), "normalizer": "softpick"}), tokenizer, seed=0)
+
+
+def test_a_model_that_does_not_exist(tokenizer):
+    """One message, no traceback of a download."""
+    with pytest.raises(RecipeError, match="no/such-model"):
+        build_model(_settings(**{"from": "no/such-model", "normalizer": "softpick"}), tokenizer, seed=0)
+
+
+def test_finished_foreign_model_never_loads_as_softmax(llama, tmp_path):
+    """transformers forgets the attention when it saves; with its name in config.json, loading elsewhere fails."""
+    recipe = write_recipe(tmp_path, model={"from": str(llama), "normalizer": "softpick"}, training={"max_steps": 2})
+    assert main([str(recipe)]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert len([record for record in records(run) if "loss" in record]) == 2
+    config = json.loads((run / "final" / "config.json").read_text())
+    assert config["attn_implementation"] == "softpick" and config["model_type"] == "llama"
+    assert "import hf_softpick" in (run / "final" / "README.md").read_text()
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(run / 'final')!r})"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(
+        command, env=environment(PYTHONPATH=""), cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode != 0 and "softpick" in done.stderr
+    loaded = AutoModelForCausalLM.from_pretrained(run / "final")
+    assert loaded.config._attn_implementation == "softpick"
+    assert AutoConfig.from_pretrained(run / "final").use_cache is True
