@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,13 @@ STEPS = ["eval.every=5", "training.save_total_limit=4"]
 def _accelerate(config, *arguments):
     launcher = [BIN / "accelerate", "launch", "--config_file", REPOSITORY / "recipes" / "accelerate" / config]
     return [*launcher, "--num_processes", "2", "--main_process_port", "0", *arguments]
+
+
+def _free_port() -> int:
+    """A port that nobody listens on; other test workers may be launching at the same time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _launch(*command, timeout=150):
@@ -106,7 +114,15 @@ def test_deepspeed_launcher_resumes_zero3(folder, zero3, alone):
     for step in (4, 5):
         shutil.rmtree(run / "checkpoints" / f"checkpoint-{step}")
     config = REPOSITORY / "recipes" / "deepspeed" / "zero3.json"
-    launcher = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29617", "--module", "hf_softpick.train"]
+    launcher = [
+        BIN / "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(_free_port()),
+        "--module",
+        "hf_softpick.train",
+    ]
     arguments = [folder / "recipe.yaml", "run.name=deepspeed", f"training.deepspeed={config}", *HALF, *STEPS]
     done = _launch(*launcher, *arguments)
     assert done.returncode == 0, done.stderr
@@ -141,7 +157,15 @@ def test_signal_to_one_rank_stops_all_and_one_process_goes_on(folder, tmp_path):
     """SIGTERM to rank 1 alone: both save the same step. The run ends on one process as if nothing had happened."""
     long = ["training.max_steps=80", "training.save_steps=50", "training.learning_rate=1e-3"]
     recipe, run = folder / "recipe.yaml", folder / "runs" / "signalled"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29618"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(_free_port()),
+    ]
     command = [*launcher, "-m", "hf_softpick.train", str(recipe), "run.name=signalled", *HALF, *long]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
