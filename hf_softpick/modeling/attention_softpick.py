@@ -4,17 +4,20 @@
 own model calls `run_attention` with its own masks.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import logging
 
 from .attention_dense import dense_attention
 from .attention_masks import VisibleKeys, document_starts, visible_keys
 from .attention_tiled import tiled_attention
 from .normalizers import NORMALIZERS
+
+logger = logging.get_logger(__name__)
 
 IMPLEMENTATIONS = ("auto", "eager", "tiled")
 # Arguments of other models' attention that change the scores or the keys, and that these functions do not compute.
@@ -53,6 +56,8 @@ def run_attention(
             f"attention with normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}. "
             f"Use one of {', '.join(IMPLEMENTATIONS)}."
         )
+    if implementation == "auto":
+        implementation = resolve_auto(query.device.type)
     if implementation == "eager" or output_attentions:
         return dense_attention(query, key, value, visible, scale, normalizer, dropout)
     if dropout > 0:
@@ -61,6 +66,23 @@ def run_attention(
             "Set attention_dropout to 0 or use attn_implementation='eager'."
         )
     return tiled_attention(query, key, value, visible, scale, normalizer), None
+
+
+def resolve_auto(device_type: str) -> str:
+    """What "auto" means on a device ("cpu", "cuda", ...); logged once a process."""
+    if not torch.compiler.is_compiling():
+        _log_choice(device_type)
+    return "tiled"
+
+
+@cache
+def _log_choice(device_type: str) -> None:
+    if device_type == "cpu":
+        logger.info("attn_implementation='auto' runs 'tiled' on cpu")
+    else:
+        logger.warning(
+            "attn_implementation='auto' runs 'tiled' on %s: right, but slow beside a fused kernel", device_type
+        )
 
 
 def check_mask(mask: Tensor) -> Tensor:

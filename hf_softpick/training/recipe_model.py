@@ -92,7 +92,7 @@ class ModelSettings(Section):
     attention_bias: bool | None = None
     attention_dropout: float | None = Field(default=None, ge=0, lt=1)
     mlp_bias: bool | None = None
-    sliding_window: int | None = Field(default=None, ge=1)
+    sliding_window: int | None = Field(default=None, ge=2)
     """Tokens that a query sees, itself included; unset: all before it."""
 
     def config_fields(self) -> dict[str, Any]:

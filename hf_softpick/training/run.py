@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_softpick.data.collating import PackedCollator
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.errors import Stopped, StorageError
+from hf_softpick.modeling.attention_softpick import resolve_auto
 from hf_softpick.training import environment, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
 from hf_softpick.training.build import build_model
@@ -83,6 +85,8 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
             print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
     with _reporters(recipe.run.directory):
         trainer = _make_trainer(recipe, args, data, facts)
+        if main:
+            print(_what_runs(recipe, trainer, active), flush=True)
         trainer.stop.install()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -101,6 +105,23 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
             "Run the same command again to go on."
         )
     return _finish(trainer, recipe, data)
+
+
+def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
+    """One line on what is about to run where, so that nobody trains something else than he thinks."""
+    device, model = trainer.args.device.type, trainer.model
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    attention = model.config._attn_implementation
+    if attention == "auto":
+        attention = f"auto ({resolve_auto(device)})"
+    parts = [f"{recipe.model.normalizer} attention by {attention}", f"{parameters / 1e6:.1f}M parameters", active]
+    if device == "cpu":
+        threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+        advice = (
+            f": set OMP_NUM_THREADS={cores} to use them" if threads == 1 < cores and active == "one process" else ""
+        )
+        parts.append(f"{threads} of {cores} cores{advice}")
+    return f"{recipe.run.name}: " + ", ".join([*parts, device])
 
 
 def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
