@@ -9,20 +9,11 @@ import argparse
 import sys
 
 import torch
-from measure import alternate, quantile, ratio, record
+from measure import MODEL_17M, alternate, quantile, ratio, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_softpick import SoftpickConfig, SoftpickForCausalLM
 
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 9,
-    "num_attention_heads": 6,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
 PROMISED_LENGTH, PROMISE = 1024, 0.9
 
 
@@ -47,9 +38,9 @@ def main() -> int:
     rows = []
     for batch, length in ((4, 512), (2, 1024), (1, 2048)):
         torch.manual_seed(0)
-        tokens = torch.randint(0, SIZES["vocab_size"], (batch, length))
-        softpick = SoftpickForCausalLM._from_config(SoftpickConfig(**SIZES), attn_implementation="tiled")
-        softmax = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="sdpa")
+        tokens = torch.randint(0, MODEL_17M["vocab_size"], (batch, length))
+        softpick = SoftpickForCausalLM._from_config(SoftpickConfig(**MODEL_17M), attn_implementation="tiled")
+        softmax = LlamaForCausalLM._from_config(LlamaConfig(**MODEL_17M), attn_implementation="sdpa")
         seconds = alternate({"softpick": stepper(softpick, tokens), "sdpa": stepper(softmax, tokens)}, repeats)
         speed = {name: round(batch * length / quantile(times, 0.5)) for name, times in seconds.items()}
         row = {

@@ -11,21 +11,18 @@ reading     random batches of tensors with labels from the memory-mapped file, a
 """
 
 import argparse
-import json
-import os
-import platform
 import random
-import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, disable_caching, disable_progress_bars
+from measure import record
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -37,33 +34,35 @@ from hf_softpick.data.sources import open_sources
 from hf_softpick.data.tokenizer import encoder_of, train_tokenizer
 from hf_softpick.data.tokenizing import tokenize
 
-RESULTS = Path(__file__).parent / "results"
 SEQ_LEN = 2048
 
 
-def main() -> None:
-    """Measure, print, write benchmarks/results/data_pipeline.json."""
+def main() -> int:
+    """Measure, print, write benchmarks/results/data_pipeline.json; 1 if a promise is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each side, taken in turn")
-    parser.add_argument("--output", type=Path, default=RESULTS / "data_pipeline.json")
     options = parser.parse_args()
     disable_caching()
     disable_progress_bars()
     torch.set_num_threads(1)
-    # Another process on the same cores spoils absolute figures; the file says so.
-    load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             *measure_tokenizing(Path(folder), options.rounds),
             *measure_packing(Path(folder), options.rounds),
             *measure_reading(Path(folder), options.rounds),
         ]
-    environment = describe_machine() | {"load_before": load}
     for row in rows:
         print(format_row(row))
-    print(", ".join(f"{key} {value}" for key, value in environment.items()))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+    missed = [row["name"] for row in rows if row["promise"] and promised_value(row) < row["promise"]]
+    for name in missed:
+        print(f"MISSED {name}")
+    print(record("data_pipeline", rows))
+    return 1 if missed else 0
+
+
+def promised_value(row: dict[str, Any]) -> float:
+    """The figure that the promise is about: tokenizing promises a ratio, the others a speed."""
+    return (row["ratio"] if row["name"] == "tokenizing" else row["ours"])["median"]
 
 
 def measure_tokenizing(folder: Path, rounds: int) -> list[dict[str, Any]]:
@@ -187,19 +186,5 @@ def format_row(row: dict[str, Any]) -> str:
     return text + (f"   promise {row['promise']}" if row["promise"] else "")
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on, without the machine's name."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "cores": os.cpu_count(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("tokenizers", "datasets", "pyarrow", "numpy", "torch", "transformers")},
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

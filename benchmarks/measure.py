@@ -10,6 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# The Llama-like model of 17.5M parameters that the training benchmarks share.
+MODEL_17M = {
+    "vocab_size": 4096,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 6,
+    "tie_word_embeddings": True,
+}
 
 
 def alternate(functions: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -37,9 +46,9 @@ def ratio(ours: list[float], peer: list[float]) -> dict[str, float]:
 
 
 def environment() -> dict[str, object]:
-    """What the figures were measured with: processor, cores, versions, commit."""
+    """What the figures were measured with: processor, cores, load of the last minute, versions, commit."""
     packages = {}
-    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers"):
+    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "pyarrow"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -54,6 +63,7 @@ def environment() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         "packages": packages,
+        "load": round(os.getloadavg()[0], 2),
         "commit": commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import quantile, ratio, record
+from measure import MODEL_17M, quantile, ratio, record
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
@@ -24,14 +24,6 @@ from hf_softpick.training.callbacks import MetricsLog, Progress
 from hf_softpick.training.metrics import MetricsFile
 from hf_softpick.training.trainer import SoftpickTrainer
 
-SIZES = {
-    "vocab_size": 4096,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 9,
-    "num_attention_heads": 6,
-    "tie_word_embeddings": True,
-}
 BATCH, LENGTH, WARMUP = 2, 256, 4
 PROMISE = 1.02
 
@@ -82,7 +74,7 @@ def bare_loop(model: torch.nn.Module, rows: list, args: TrainingArguments):
 def measure(folder: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of `repeats` steps of the trainer and of the bare loop."""
     steps = repeats + WARMUP
-    tokens = torch.randint(0, SIZES["vocab_size"], (BATCH * steps, LENGTH)).numpy()
+    tokens = torch.randint(0, MODEL_17M["vocab_size"], (BATCH * steps, LENGTH)).numpy()
     positions = torch.arange(LENGTH).numpy()
     rows = [{"input_ids": row, "position_ids": positions, "num_tokens": LENGTH} for row in tokens]
     args = TrainingArguments(
@@ -98,7 +90,7 @@ def measure(folder: Path, repeats: int) -> dict[str, list[float]]:
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
     )
-    model = SoftpickForCausalLM._from_config(SoftpickConfig(**SIZES), attn_implementation="auto")
+    model = SoftpickForCausalLM._from_config(SoftpickConfig(**MODEL_17M), attn_implementation="auto")
     twin = copy.deepcopy(model).to(args.device)
     metrics = MetricsFile(folder / "metrics.jsonl")
     turns = InTurn(bare_loop(twin, rows, args))
