@@ -109,6 +109,26 @@ def document_starts(cu_seq_lens: Tensor, length: int) -> Tensor:
     return index - boundaries[torch.searchsorted(boundaries, index, right=True) - 1]
 
 
+def check_boundaries(batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> None:
+    """Refuse boundaries that do not describe one row of self-attention.
+
+    Raises:
+        ValueError: more than one row, keys without queries, or different boundaries for the two.
+    """
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        return
+    if cu_seq_lens_q is None or batch != 1:
+        raise ValueError(
+            f"cu_seq_lens describes the documents of one row, got a batch of {batch} and cu_seq_lens_q "
+            f"{'missing' if cu_seq_lens_q is None else 'given'}. Flatten the batch to one row, or pass position_ids."
+        )
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and not torch.compiler.is_compiling():
+        if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+            raise ValueError(
+                "cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs the same boundaries in both"
+            )
+
+
 def _check_padding_mask(padding_mask: Tensor, query_length: int, query_offset: int | Tensor) -> None:
     if torch.compiler.is_compiling() and isinstance(query_offset, Tensor):
         return  # reading the offset would break the graph

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_masks import VisibleKeys, document_starts, visible_keys
+from .attention_masks import VisibleKeys, check_boundaries, document_starts, visible_keys
 from .attention_softpick import IMPLEMENTATIONS, check_mask, run_attention
 from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS
@@ -238,7 +238,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         offset = past_key_values.get_query_offset() if past_key_values is not None else 0
         if isinstance(offset, Tensor):
             offset = offset.to(inputs_embeds.device)
-        _check_boundaries(batch, cu_seq_lens_q, cu_seq_lens_k)
+        check_boundaries(batch, cu_seq_lens_q, cu_seq_lens_k)
         given_positions = position_ids
         if position_ids is None and cu_seq_lens_q is not None:
             position_ids = document_starts(cu_seq_lens_q, length)
@@ -298,21 +298,6 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-
-
-def _check_boundaries(batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> None:
-    if cu_seq_lens_q is None and cu_seq_lens_k is None:
-        return
-    if cu_seq_lens_q is None or batch != 1:
-        raise ValueError(
-            f"cu_seq_lens describes the documents of one row, got a batch of {batch} and cu_seq_lens_q "
-            f"{'missing' if cu_seq_lens_q is None else 'given'}. Flatten the batch to one row, or pass position_ids."
-        )
-    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and not torch.compiler.is_compiling():
-        if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
-            raise ValueError(
-                "cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs the same boundaries in both"
-            )
 
 
 class SoftpickForCausalLM(SoftpickPreTrainedModel, LlamaForCausalLM):
