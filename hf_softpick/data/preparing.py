@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hf_softpick.data.rows import PackedRows
 
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the same settings would give other rows: older caches are then rebuilt."""
 
 

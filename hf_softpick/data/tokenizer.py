@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SAMPLE_BYTES = 64 * 2**20
 """Text on which a BPE is trained at most: more costs minutes and moves no merge that matters."""
+_LONGEST_WORD = 256
+"""Bytes. Training takes the square of a word's length: longer runs without a break are learned from in pieces."""
 
 
 def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -22,11 +24,13 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> "PreTrainedTo
 
     A corpus with too few distinct pairs gives a smaller vocabulary: trust len(tokenizer), not `vocab_size`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.Split(Regex(f".{{{_LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -35,6 +39,7 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> "PreTrainedTo
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample_texts(sources, SAMPLE_BYTES), trainer)
+    tokenizer.pre_tokenizer = words
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -43,6 +44,15 @@ def make_tokenizer(folder, template=None, special=("<s>", "</s>"), truncate=None
 def saved(settings, folder, tokenizer=None):
     save_tokenizer(tokenizer or load_tokenizer(settings), settings, folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def test_training_on_one_long_word_is_fast(tmp_path):
+    """It took the square of the length before words were cut for training; saved is the pre-tokenizer that cuts nothing."""
+    (tmp_path / "a.txt").write_text("a" * 2_000_000 + " b" * 100)
+    begin = time.perf_counter()
+    tokenizer = train_tokenizer(open_sources([SourceSettings(path=str(tmp_path / "a.txt"))]), 300)
+    assert time.perf_counter() - begin < 30
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
 
 
 def test_trained_tokenizer(sources, tmp_path):
