@@ -177,8 +177,8 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
         for name in ("bf16", "fp16"):
             if given.get(name):
                 yield f"training.{name} is true and there is no GPU: on most CPUs this is slower than float32."
-        if recipe.model.attn_implementation in ("triton", "flash_attention_2", "flash_attention_3"):
-            yield f"model.attn_implementation is {recipe.model.attn_implementation!r} and there is no GPU."
+        if recipe.model.attn_implementation == "flash_attention_2":
+            yield "model.attn_implementation is 'flash_attention_2' and there is no GPU."
     for name in ("deepspeed", "fsdp_config", "accelerator_config"):
         path = given.get(name)
         if isinstance(path, str) and not Path(path).is_file():

@@ -20,7 +20,7 @@ from .recipe_arguments import TrainingSettings
 from .recipe_errors import find_secrets, word_error
 from .recipe_model import ModelSettings, Problem, check_model
 from .recipe_scheduler import check_scheduler
-from .recipe_text import apply_override, dotted, read_document
+from .recipe_text import apply_override, dotted, read_document, shorten
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 
@@ -187,6 +187,13 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         yield ("training", "fp16"), "is true beside training.bf16; choose one"
     if given.get("dataloader_prefetch_factor") and not given.get("dataloader_num_workers"):
         yield ("training", "dataloader_prefetch_factor"), "needs training.dataloader_num_workers >= 1"
+    pairs = given.get("optim_args") or ""
+    if pairs and not all(re.fullmatch(r" *[^ =][^=]*=[^=]*", pair) for pair in pairs.split(",")):
+        yield (
+            ("training", "optim_args"),
+            f"is {shorten(repr(pairs))}, expected key=value pairs with commas between them, for example"
+            " rank=64,scale=2",
+        )
     if "lr_scheduler_kwargs" in given or "lr_scheduler_type" in given:
         yield from check_scheduler(given.get("lr_scheduler_type", "linear"), given.get("lr_scheduler_kwargs", {}))
 

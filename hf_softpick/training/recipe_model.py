@@ -11,10 +11,8 @@ Problem = tuple[tuple[str | int, ...], str]
 
 Normalizer = Literal["softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax"]
 # Implementations of ours compute every normalizer; the others compute softmax and nothing else.
-Implementation = Literal[
-    "auto", "eager", "tiled", "triton", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
-]
-SOFTMAX_ONLY = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+Implementation = Literal["auto", "eager", "tiled", "sdpa", "flash_attention_2", "flex_attention"]
+SOFTMAX_ONLY = ("sdpa", "flash_attention_2", "flex_attention")
 
 HINTS = {
     "rope_theta": "write model.rope_parameters: {rope_type: default, rope_theta: 10000.0}",
@@ -112,7 +110,13 @@ def check_model(model: ModelSettings) -> Iterator[Problem]:
         yield (
             ("model", "attn_implementation"),
             f"is {model.attn_implementation!r}, which computes softmax, but model.normalizer is {model.normalizer!r};"
-            " use 'auto', 'eager', 'tiled' or 'triton'",
+            " use 'auto', 'eager' or 'tiled'",
+        )
+    if model.attention_dropout and model.attn_implementation not in ("eager", "sdpa"):
+        yield (
+            ("model", "attention_dropout"),
+            f"is {model.attention_dropout:g}, which model.attn_implementation {model.attn_implementation!r} cannot"
+            " compute; set it to 0, or use 'eager' ('sdpa' too where normalizer is 'softmax')",
         )
     if model.from_ is None:
         yield from _check_new(model)

@@ -130,7 +130,7 @@ def message(tmp_path, monkeypatch):
             "normalizer: softpick",
             "normalizer: softpick\n  attn_implementation: sdpa",
             "r.yaml:3:24: model.attn_implementation is 'sdpa', which computes softmax, but model.normalizer is"
-            " 'softpick'; use 'auto', 'eager', 'tiled' or 'triton'",
+            " 'softpick'; use 'auto', 'eager' or 'tiled'",
         ),
         (
             "normalizer: softpick",
@@ -198,6 +198,13 @@ def test_overrides_are_named(message):
         ("model.from=some/model", "brings its own architecture"),
         ("model={from: some/model}", "say which normalizer"),
         ("model.vocab_size=200", "smaller than tokenizer.train_bpe = 300"),
+        (
+            "model.attention_dropout=0.1",
+            "model.attn_implementation 'auto' cannot compute; set it to 0, or use 'eager'",
+        ),
+        ("model.attn_implementation=triton", "expected one of auto, eager, tiled, sdpa, flash_attention_2, flex"),
+        ("training.optim_args=x", "training.optim_args is 'x', expected key=value pairs"),
+        ("training.optim_args='a=1,b'", "expected key=value pairs"),
         ("training.output_dir=x", "the run folder is run.root/run.name"),
         ("training.eval_steps=5", "eval.every"),
         ("training.resume_from_checkpoint=x", "by itself"),
