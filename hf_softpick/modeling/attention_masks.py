@@ -3,6 +3,7 @@
 Legend: B batch, T queries of this call, S keys (cache included). Indices count tokens of the row from 0.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -75,14 +76,14 @@ def visible_keys(
         if rank is None:
             previous = position_ids.roll(1, -1)
             restart = (position_ids - previous != 1) & (index > 0)
-            first = query - position_ids
+            first = torch.where(position_ids < 0, 0, query - position_ids)
         else:
             # Padding has no position of its own: compare each real token with the real token before it.
             last = torch.where(real, index, -1).cummax(-1).values.roll(1, -1)
             position_ids = position_ids.expand(rank.shape[0], -1)
             previous = position_ids.gather(1, last.clamp_min(0))
             restart = real & (index > 0) & (last >= 0) & (position_ids - previous != 1)
-            first = torch.searchsorted(rank, (query_rank - position_ids).clamp_min(0))
+            first = torch.searchsorted(rank, torch.where(position_ids < 0, 0, query_rank - position_ids).clamp_min(0))
         begun = torch.where(restart, query, 0).cummax(-1).values
         start = torch.maximum(torch.maximum(start, begun), first)
     if rank is None:
@@ -109,12 +110,23 @@ def document_starts(cu_seq_lens: Tensor, length: int) -> Tensor:
     return index - boundaries[torch.searchsorted(boundaries, index, right=True) - 1]
 
 
-def check_boundaries(batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None) -> None:
+def check_boundaries(
+    batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, others: Collection[str] = ()
+) -> None:
     """Refuse boundaries that do not describe one row of self-attention.
 
+    Args:
+        others: names of the call's further arguments, among which may be boundaries under a name of another library.
+
     Raises:
-        ValueError: more than one row, keys without queries, or different boundaries for the two.
+        ValueError: more than one row, keys without queries, different boundaries for the two, or a foreign name.
     """
+    foreign = {"cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seq_idx"} & set(others)
+    if foreign:
+        raise ValueError(
+            f"{', '.join(sorted(foreign))} is not read here, and documents would not be kept apart. Pass position_ids "
+            "that restart, or cu_seq_lens_q."
+        )
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return
     if cu_seq_lens_q is None or batch != 1:
@@ -127,6 +139,19 @@ def check_boundaries(batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Te
             raise ValueError(
                 "cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs the same boundaries in both"
             )
+
+
+def check_padding(mask: Tensor) -> None:
+    """Refuse a floating 2-D mask that holds anything but 0 and 1, for instance an additive one.
+
+    Raises:
+        ValueError: it would be read as the opposite of what it means.
+    """
+    if not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any() | (mask == 0).all()):
+        raise ValueError(
+            f"the 2-D attention_mask has dtype {mask.dtype} and is not made of ones and zeros, expected 1 for a token "
+            "and 0 for padding. Pass `attention_mask == 0` if yours is additive."
+        )
 
 
 def _check_padding_mask(padding_mask: Tensor, query_length: int, query_offset: int | Tensor) -> None:

@@ -167,15 +167,22 @@ def _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_le
             cu_seq_lens=cu_seq_lens if length > 1 else None,
             sliding_window=sliding_window,
         )
-    mask = check_mask(attention_mask)
+    # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
+    return keep_documents_apart(check_mask(attention_mask), position_ids, cu_seq_lens)
+
+
+def keep_documents_apart(mask: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Tensor:
+    """`mask`, bool [B, 1 or H, T, S], without what lies in another document of the row.
+
+    Only position 0 begins a document here: under a mask of the user's own, other positions may repeat (draft trees).
+    """
     if position_ids is None and cu_seq_lens is None:
         return mask
-    # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
+    length, key_length = mask.shape[2:]
     position = position_ids if cu_seq_lens is None else document_starts(cu_seq_lens, length)
     position = position.to(mask.device)
     if length != key_length:
         return _hide_earlier_documents(mask, position)
-    # Only position 0 begins a document here: under a mask of the user's own, other positions may repeat (draft trees).
     begins = (position == 0) & mask.diagonal(dim1=-2, dim2=-1).any(1)
     document = begins.cumsum(-1)
     return mask & (document[:, None, :, None] == document[:, None, None, :])
@@ -207,6 +214,11 @@ def attention_mask_function(
 ) -> Tensor | None:
     """transformers' mask function: None for plain causal attention, else bool [B, 1, T, S]; also for plain
     attention while tracing, when transformers always asks for packed attention."""
+    if attention_mask is not None and isinstance(q_offset, int) and attention_mask.shape[-1] < q_offset + q_length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[-1]} tokens, but cache and input together hold "
+            f"{q_offset + q_length}. Pass a mask over all tokens so far, cached ones included."
+        )
     plain = mask_function is causal_mask_function and attention_mask is None and kv_offset == 0
     if plain and isinstance(q_offset, int) and (q_offset == 0 or q_length == 1) and kv_length >= q_offset + q_length:
         if q_length > 1 or kv_length == q_offset + 1:

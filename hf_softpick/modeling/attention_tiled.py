@@ -5,6 +5,7 @@ Scores are kept in log2 units (exp2 is the fast exponential). Both passes are op
 neither unrolls the loops nor materialises a mask.
 """
 
+import hashlib
 import math
 from typing import Optional
 
@@ -122,9 +123,9 @@ def _softpick_p(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
     return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
 
 
-_NAMESPACE = __name__.replace(
-    ".", "_"
-)  # unlike for every copy of this file, so that Hub code never meets the package's
+# Differs for every copy of this file, so that the operators of Hub code never replace the package's. Hashed, because
+# the module of Hub code is named after its folder, with any character in it.
+_NAMESPACE = "softpick_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::tiled_forward", mutates_args=())

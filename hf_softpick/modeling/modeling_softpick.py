@@ -27,8 +27,8 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_masks import VisibleKeys, check_boundaries, document_starts, visible_keys
-from .attention_softpick import IMPLEMENTATIONS, check_mask, run_attention
+from .attention_masks import VisibleKeys, check_boundaries, check_padding, document_starts, visible_keys
+from .attention_softpick import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
 from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS
 
@@ -220,7 +220,8 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         """Hidden states [B, T, hidden] of tokens [B, T].
 
         Args:
-            attention_mask: [B, tokens so far] with 0 for padding, or bool [B, 1 or H, T, S] with True = visible.
+            attention_mask: [B, tokens so far] with 1 = a token, 0 = padding; or bool [B, 1 or H, T, S] with True =
+                visible, which replaces causality, but neither the window nor the boundaries of documents.
             position_ids: int64 [B or 1, T]; a document starts wherever they restart, and documents never see each
                 other, with or without a cache or an attention_mask.
             cu_seq_lens_q: int [documents + 1], the same for one row without padding; cu_seq_lens_k must equal it.
@@ -238,7 +239,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         offset = past_key_values.get_query_offset() if past_key_values is not None else 0
         if isinstance(offset, Tensor):
             offset = offset.to(inputs_embeds.device)
-        check_boundaries(batch, cu_seq_lens_q, cu_seq_lens_k)
+        check_boundaries(batch, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         given_positions = position_ids
         if position_ids is None and cu_seq_lens_q is not None:
             position_ids = document_starts(cu_seq_lens_q, length)
@@ -247,6 +248,8 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
 
         keys, key_offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
         padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if padding is not None and padding.is_floating_point():
+            check_padding(padding)
         visible = visible_keys(
             length,
             keys,
@@ -259,7 +262,10 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             sliding_window=self.config.sliding_window,
         )
         if attention_mask is not None and padding is None:
-            mask = check_mask(attention_mask)
+            mask = keep_documents_apart(check_mask(attention_mask), given_positions, cu_seq_lens_q)
+            if self.config.sliding_window is not None:
+                query = torch.arange(length, device=mask.device) + offset - key_offset
+                mask = mask & (torch.arange(keys, device=mask.device) > query[:, None] - self.config.sliding_window)
         elif self.config._attn_implementation in IMPLEMENTATIONS:
             mask = visible
         else:

@@ -219,3 +219,31 @@ def test_softmax_through_sdpa_keeps_packed_documents_apart():
 def test_scaled_softmax_through_sdpa_has_its_scale():
     model, ids = tiny_model("scaled_softmax", "sdpa"), tokens(1, 30)
     close(model(ids).logits[0], oracle(double_parameters(model), model.config, ids[0])[0])
+
+
+def test_additive_2d_mask_is_refused_not_read_as_its_opposite():
+    """Zeros mean "all visible" in an additive mask and "all padding" in transformers' 2-D masks."""
+    model = tiny_model()
+    ids = tokens(1, 12)
+    for mask in (torch.zeros(1, 12), torch.tensor([[0.0] * 9 + [-1e9] * 3])):
+        with pytest.raises(ValueError, match="attention_mask == 0"):
+            model(ids, attention_mask=mask)
+    torch.testing.assert_close(model(ids, attention_mask=torch.ones(1, 12)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_4d_mask_keeps_documents_and_window(window):
+    """A mask of the user's own replaces causality; it must not switch off isolation or the sliding window."""
+    model = tiny_model(sliding_window=window)
+    ids = tokens(1, 12)
+    positions = torch.tensor([[*range(7), *range(5)]])
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    expected = model(ids, position_ids=positions).logits
+    torch.testing.assert_close(model(ids, attention_mask=causal, position_ids=positions).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens", "cu_seqlens_q", "seq_idx"])
+def test_boundaries_under_a_name_that_is_not_read_are_refused(name):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f"{name} is not read here"):
+        model(tokens(1, 12), **{name: torch.tensor([0, 5, 12])})
