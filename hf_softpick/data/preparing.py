@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_softpick.data.cache import build_once, cache_root, fingerprint
 from hf_softpick.data.packing import RowPlan, hold_out, plan_rows
+from hf_softpick.data.redaction import redacted_errors
 from hf_softpick.data.settings import DataSettings, TokenizerSettings
 from hf_softpick.data.sources import Source, open_sources
 from hf_softpick.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -44,6 +45,7 @@ class PreparedData:
             )
 
 
+@redacted_errors()
 def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: bool = True) -> PreparedData:
     """Tokenize and pack the sources, or load what an earlier call with the same inputs made.
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 
+from ..data.redaction import redacted_errors
 from ..data.settings import DataSettings, Section, TokenizerSettings
 from ..errors import RecipeError, StorageError
 from .recipe_arguments import TrainingSettings
@@ -98,6 +99,7 @@ class Recipe(Section):
         return {name: training if name == "training" else sections[name] for name in order}
 
 
+@redacted_errors()
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 

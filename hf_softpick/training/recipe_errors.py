@@ -8,12 +8,12 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ..data.redaction import SECRET
 from . import recipe_arguments, recipe_model
 from .recipe_text import Document, KeyPath, dotted, shorten, walk
 
 Schema = type[BaseModel]
 
-_SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*:[^/\s]*@")
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _SIGNS = (
     (Ge, "ge", ">="),
@@ -32,7 +32,7 @@ def find_secrets(document: Document) -> dict[KeyPath, str]:
         reason = recipe_arguments.SECRETS.get(path[-1]) if path and isinstance(path[-1], str) else None
         if reason:
             problems[path] = f"{document.place(path, True)}: {dotted(path)} cannot be set: {reason}"
-        elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        elif (path and SECRET.search(str(path[-1]))) or (isinstance(value, str) and SECRET.search(value)):
             what = "holds what looks like a token or password; a recipe is saved and shared"
             problems[path] = f"{document.place(path)}: {dotted(path)} {what}"
     return problems
@@ -93,11 +93,13 @@ def _keys(section: Schema | None) -> list[str]:
 
 def _field(path: KeyPath, schema: Schema) -> FieldInfo | None:
     """The field that decides what may stand at `path`: for something inside a list or mapping, that of the whole."""
+    if not path:
+        return None
     section = _section(path[:-1], schema)
     for name, field in section.model_fields.items() if section else ():
         if (field.alias or name) == path[-1]:
             return field
-    return _field(path[:-1], schema) if path else None
+    return _field(path[:-1], schema)
 
 
 def _section(path: KeyPath, schema: Schema | None) -> Schema | None:

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from ..data.redaction import redact
 from ..errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -82,6 +83,8 @@ def apply_override(document: Document, text: str) -> None:
     name, equals, value = text.partition("=")
     # The name alone: a value that should not be here, such as a token, must not be repeated.
     where = f"override {shorten(name)}"
+    if not _is_unicode(name):
+        raise RecipeError(f"override {shorten(repr(name))}: the name is not UTF-8 text; expected section.key=value")
     parts = name.split(".")
     if not equals or not all(parts):
         raise RecipeError(f"{where}: expected section.key=value, for example training.max_steps=5")
@@ -190,6 +193,11 @@ def _compose(text: str, name: str) -> Node | None:
         raise RecipeError(f"{name}: not valid YAML: nested too deeply") from None
 
 
+def _is_unicode(text: str) -> bool:
+    """Bytes of a command line that are not UTF-8 become halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _forget(document: Document, path: KeyPath) -> None:
     for places in (document.keys, document.values):
         for known in [known for known in places if known[: len(path)] == path]:
@@ -215,12 +223,13 @@ def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def dotted(path: KeyPath) -> str:
-    """`path` as it is written in overrides and messages."""
-    return ".".join(map(str, path))
+    """`path` as it is written in overrides and messages, without what looks like a secret."""
+    return redact(".".join(map(str, path)))
 
 
 def shorten(text: str, limit: int = 60) -> str:
-    """`text`, cut where a message would drown in it."""
+    """`text` without what looks like a secret, cut where a message would drown in it."""
+    text = redact(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

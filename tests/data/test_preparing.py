@@ -258,3 +258,10 @@ def test_nothing_is_pickled(data):
         if path.is_file():
             assert path.suffix in (".json", ".arrow")
             assert not path.read_bytes().startswith(b"\x80")
+
+
+def test_secrets_are_not_repeated(data, tmp_path):
+    source = SourceSettings(path=str(tmp_path / "missing.txt?token=sesame"))
+    with pytest.raises(DataError, match="<hidden>") as caught:
+        prepare(data, sources=[source])
+    assert "sesame" not in str(caught.value)

@@ -47,7 +47,7 @@ def saved(settings, folder, tokenizer=None):
 
 
 def test_training_on_one_long_word_is_fast(tmp_path):
-    """It took the square of the length before words were cut for training; saved is the pre-tokenizer that cuts nothing."""
+    """Training cuts words, as it takes the square of their length; saved is the pre-tokenizer that cuts nothing."""
     (tmp_path / "a.txt").write_text("a" * 2_000_000 + " b" * 100)
     begin = time.perf_counter()
     tokenizer = train_tokenizer(open_sources([SourceSettings(path=str(tmp_path / "a.txt"))]), 300)

@@ -254,11 +254,40 @@ def test_secrets_are_refused_and_not_repeated(message, section, key):
     assert "sesame" not in found
 
 
-@pytest.mark.parametrize("value", ["hf_" + "a1B2" * 9, "https://user:sesame@example.org/data"])
+SECRETS = [
+    "hf_" + "a1B2" * 9,
+    "https://user:sesame@example.org/data",
+    "https://example.org/data?x=1&access_token=sesame",
+    "ghp_" + "a1B2" * 9,
+    "github_pat_" + "a1B2_" * 9,
+    "AKIA" + "A1B2" * 4,
+    "sk-proj-" + "a1B2" * 9,
+]
+
+
+@pytest.mark.parametrize("value", SECRETS)
 def test_secret_values_are_refused_and_not_repeated(message, value):
     found = message("data.cache_dir=" + value)
     assert "looks like a token or password" in found
     assert value not in found and "sesame" not in found
+
+
+@pytest.mark.parametrize("value", SECRETS)
+@pytest.mark.parametrize("override", ["{}=1", "training.{}=1", "training.fsdp_config.{}=1", "{}", "run=[{}]"])
+def test_secrets_in_names_are_not_repeated(message, override, value):
+    found = message(override.format(value))
+    assert value not in found and "sesame" not in found and "a1B2a1B2" not in found and "A1B2A1B2" not in found
+
+
+def test_names_that_only_begin_like_secrets(tmp_path):
+    (tmp_path / "r.yaml").write_text(TEXT)
+    for name in ("hf_internal/tiny", "data/sk-learn-documentation-2024-full", "https://example.org/a.txt?page=3"):
+        assert load_recipe(tmp_path / "r.yaml", [f"data.cache_dir={name}"]).data.cache_dir == name
+
+
+@pytest.mark.parametrize("name", ["\udcff", "training.\udcff"])
+def test_names_that_are_not_utf8(message, name):
+    assert "the name is not UTF-8 text" in message(f"{name}=1")
 
 
 def test_code_from_the_hub_is_refused(message):
@@ -277,6 +306,7 @@ def test_code_from_the_hub_is_refused(message):
         ("model: !!python/object/apply:os.system [true]\n", "has the YAML tag"),
         ("model: !include x.yaml\n", "has the YAML tag"),
         ("model: &a {x: 1}\ndata: *a\n", "anchor or alias"),
+        ("&a {x: *a}\n", "anchor or alias"),
         ("model: {<<: {a: 1}}\n", "has a key that is not plain text"),
         ("? [a, b]\n: 1\n", "has a key that is not plain text"),
         ("a: " + "[" * 1200, "not valid YAML"),
