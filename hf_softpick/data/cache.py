@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_softpick.errors import StorageError
+from hf_softpick.errors import DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,25 @@ _BLOCKS = 64
 
 def cache_root(setting: str | None) -> Path:
     """data.cache_dir, else $HF_SOFTPICK_CACHE, else ~/.cache/hf_softpick."""
-    return Path(setting or os.environ.get("HF_SOFTPICK_CACHE") or "~/.cache/hf_softpick").expanduser()
+    name = "data.cache_dir" if setting else "HF_SOFTPICK_CACHE"
+    return local_path(name, setting or os.environ.get("HF_SOFTPICK_CACHE") or "~/.cache/hf_softpick")
+
+
+def local_path(what: str, name: str) -> Path:
+    """The path that `name` means; `what` it is for is named in messages.
+
+    Raises:
+        DataError: no system could hold a file of that name, or there is no such user.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (ValueError, RuntimeError) as error:  # a NUL or half of a surrogate pair; ~user
+        raise DataError(f"{what} {name!r}: not a usable path ({error}). Correct it.") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise DataError(f"{what} {name!r}: not a usable path ({error.strerror}). Correct it.") from error
+    return path
 
 
 def fingerprint(content: Any) -> str:
@@ -76,11 +94,11 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
-        is_whole = all(
+        is_whole = manifest["seal"] == _seal(manifest) and all(
             (directory / name).stat().st_size == entry["bytes"] and _digest(directory / name) == entry["sample_sha256"]
             for name, entry in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if is_whole else None
 
@@ -123,9 +141,15 @@ def _finish(staging: Path, manifest: dict[str, Any]) -> None:
         path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sample_sha256": _digest(path)}
         for path in files
     }
+    manifest["seal"] = _seal(manifest)
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (staging / MANIFEST, staging):
         _sync(path)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """What tells a manifest that was changed or made by hand."""
+    return fingerprint({name: value for name, value in manifest.items() if name != "seal"})
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ What makes a document usable (not empty, chosen by weight) is decided later; her
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -43,7 +44,7 @@ def read_file(path: Path, column: str) -> Iterator[Record]:
     read = {".txt": read_text, ".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet}[kind_of(path)]
     try:
         yield from read(path) if read is read_text else read(path, column)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}). Check the path, its permissions and its compression."
         ) from error
@@ -86,6 +87,8 @@ def read_json(path: Path, column: str) -> Iterator[Record]:
         raise DataError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}). Repair or re-export the file."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise _beyond_limits(str(path), error, "Repair or re-export the file.") from error
     yield from _texts(path, column, enumerate(records, 1))
 
 
@@ -170,8 +173,14 @@ def _json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
                 f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}){cut_off}. "
                 "Each line must be one JSON object; repair or remove this line."
             ) from error
-        except RecursionError as error:
-            raise DataError(f"{path}:{number}: JSON nested too deeply. Repair or remove this line.") from error
+        except (ValueError, RecursionError) as error:
+            raise _beyond_limits(f"{path}:{number}", error, "Repair or remove this line.") from error
+
+
+def _beyond_limits(place: str, error: Exception, hint: str) -> DataError:
+    """The error for valid JSON that Python refuses."""
+    what = "JSON nested too deeply" if isinstance(error, RecursionError) else "an integer of over 4300 digits"
+    return DataError(f"{place}: {what}. {hint}")
 
 
 def _texts(path: Path, column: str, records: Iterator[tuple[int, Any]]) -> Iterator[Record]:

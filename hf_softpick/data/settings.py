@@ -20,7 +20,7 @@ class SourceSettings(Section):
     revision: str | None = None
     data_files: str | list[str] | None = None
     text_column: str = Field(default="text", min_length=1)
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     max_documents: int | None = Field(default=None, ge=1)
 
 
@@ -43,7 +43,7 @@ class TokenizerSettings(Section):
 class DataSettings(Section):
     """Sources, packing and the held-out share."""
 
-    seq_len: int = Field(ge=8)
+    seq_len: int = Field(ge=8, le=2**24)
     sources: list[SourceSettings] = Field(default_factory=lambda: [SourceSettings(path="stdlib")], min_length=1)
     packing: Literal["best_fit"] = "best_fit"
     isolate_documents: bool = True

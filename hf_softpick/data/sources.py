@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_softpick.data.cache import local_path
 from hf_softpick.data.readers import (
     SUFFIXES,
     Record,
@@ -68,7 +69,7 @@ def open_sources(settings: Sequence[SourceSettings]) -> list[Source]:
 def _open_source(settings: SourceSettings) -> list[Shard]:
     if settings.path == "stdlib":
         return _standard_library()
-    path = Path(settings.path).expanduser()
+    path = local_path("source", settings.path)
     plain = settings.name is None and settings.data_files is None and settings.revision is None
     if path.is_file():
         if not plain or not settings.split.isidentifier():
@@ -84,10 +85,14 @@ def _open_source(settings: SourceSettings) -> list[Shard]:
             return _folder(path, settings)
     elif glob.has_magic(str(path)):
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file() and kind_of(file)]
-        if not files:
+        # By where it really is: with links that form a loop, ** meets a file many times.
+        found: dict[Path, Path] = {}
+        for file in files:
+            if kind_of(file) and file.is_file():
+                found.setdefault(file.resolve(), file)
+        if not found:
             raise DataError(f"source '{settings.path}': the pattern matches no file ending in {', '.join(SUFFIXES)}.")
-        return [_file_shard(file, settings.text_column) for file in files]
+        return [_file_shard(file, settings.text_column) for file in found.values()]
     elif path.is_absolute() or kind_of(path) or settings.path.startswith((".", "~")):
         raise DataError(f"source '{settings.path}': no such file or folder (looked in {Path.cwd()}). Check the path.")
     return _library(settings)

@@ -181,7 +181,7 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
             yield "model.attn_implementation is 'flash_attention_2' and there is no GPU."
     for name in ("deepspeed", "fsdp_config", "accelerator_config"):
         path = given.get(name)
-        if isinstance(path, str) and not Path(path).is_file():
+        if isinstance(path, str) and not os.path.isfile(path):
             yield f"training.{name}: there is no file {path} here."
     workers, cores = given.get("dataloader_num_workers", 0), os.cpu_count() or 1
     if workers > cores:
@@ -196,7 +196,8 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
 
 
 def _is_remote(name: str) -> bool:
-    return name != "stdlib" and not any(sign in name for sign in "*?[") and not Path(name).exists()
+    # Path.exists raises for a name that is too long.
+    return name != "stdlib" and not any(sign in name for sign in "*?[") and not os.path.exists(name)
 
 
 def _machine_memory() -> int:

@@ -128,6 +128,11 @@ def flip_byte(path):
     path.write_bytes(content)
 
 
+def edit_manifest(folder, **changes):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -136,9 +141,20 @@ def flip_byte(path):
         lambda folder: (folder / "validation.arrow").unlink(),
         lambda folder: (folder / MANIFEST).unlink(),
         lambda folder: (folder / MANIFEST).write_text('{"files": 3}'),
+        lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
+        lambda folder: edit_manifest(folder, report={}),
         lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{}"),
     ],
-    ids=["flipped bit", "truncated", "no validation", "no manifest", "wrong manifest", "tokenizer"],
+    ids=[
+        "flipped bit",
+        "truncated",
+        "no validation",
+        "no manifest",
+        "wrong manifest",
+        "empty manifest",
+        "no report",
+        "tokenizer",
+    ],
 )
 def test_damaged_cache_is_rebuilt(data, damage):
     first = prepare(data)
@@ -240,6 +256,12 @@ def test_cache_folder_that_cannot_be_made(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="data.cache_dir"):
         prepare(data, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~no-such-user/x", "x" * 300])
+def test_cache_folder_that_is_no_path(data, name):
+    with pytest.raises(DataError, match="data.cache_dir .*not a usable path"):
+        prepare(data, cache_dir=name)
 
 
 def test_huge_document_in_one_line(data, tmp_path):

@@ -73,6 +73,14 @@ def test_glob_and_folder_are_sorted(tmp_path):
     assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
 
 
+def test_glob_with_links_gives_each_file_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+
+
 def test_folder_with_named_splits_gives_only_the_split(tmp_path):
     """Reading every file of such a folder would train on its test set."""
     for split in ("train", "test"):
@@ -135,6 +143,11 @@ WRONG = {
     "broken array": ("a.json", b'[{"text": "x"},\n{"text": ]', r"a.json:2: not valid JSON"),
     "not parquet": ("a.parquet", b"PAR1 no", r"a.parquet: not a readable Parquet file"),
     "cut off gzip": ("a.txt.gz", gzip.compress(b"x" * 1000)[:-9], r"a.txt.gz: cannot be read"),
+    "corrupt gzip": ("a.jsonl.gz", gzip.compress(b"x")[:10] + b"\xff" * 50, r"a.jsonl.gz: cannot be read"),
+    "deep array": ("a.json", b"[" * 200_000, r"a.json: JSON nested too deeply"),
+    "deep line": ("a.jsonl", b'{"text": ' + b"[" * 200_000, r"a.jsonl:1: JSON nested too deeply"),
+    "long integer": ("a.json", b'[{"n": ' + b"1" * 5000 + b"}]", r"a.json: an integer of over 4300 digits"),
+    "long integer in a line": ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}", r"a.jsonl:1: an integer of over"),
     "unknown suffix": ("a.docx", b"", r"unknown kind of file; allowed are .jsonl"),
 }
 
@@ -169,6 +182,9 @@ def test_column_missing_in_a_later_file_is_found_before_any_work(tmp_path):
     [
         ("no/such/file.jsonl", "no such file or folder"),
         ("./nothing", "no such file or folder"),
+        ("~no-such-user/x.txt", "not a usable path"),
+        ("a\0b.txt", "not a usable path"),
+        ("x" * 300, "not a usable path"),
         ("nothing-*.jsonl", "matches no file"),
         ("someone/not-here", "could not load it.*OfflineModeIsEnabled"),
     ],

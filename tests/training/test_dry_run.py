@@ -200,6 +200,11 @@ def test_what_looks_wrong(recipe, override, expected):
     assert expected in describe(recipe(override)).split("What looks wrong:")[1]
 
 
+def test_paths_that_are_too_long(recipe):
+    """They are not there, as far as a dry run is concerned."""
+    assert "no revision is given for" in describe(recipe("data.sources=[{path: " + "x" * 300 + "}]"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or os.cpu_count() == 1, reason="several cores and no GPU")
 def test_one_thread_on_several_cores(recipe, monkeypatch):
     """What `accelerate launch` gives a single process on a CPU."""

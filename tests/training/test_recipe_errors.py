@@ -208,6 +208,8 @@ def test_overrides_are_named(message):
         ("training.output_dir=x", "the run folder is run.root/run.name"),
         ("training.eval_steps=5", "eval.every"),
         ("training.resume_from_checkpoint=x", "by itself"),
+        ("data.sources=[{path: a, weight: 1e300}]", "expected a number > 0 and <= 1000"),
+        ("data.seq_len=16777217", "expected an integer >= 8 and <= 16777216"),
         ("data.packing=wrapped", "expected best_fit"),
         ("training.max_steps=123456789012345678901234567890", "beyond 64-bit integers"),
         ("training.max_steps=" + "9" * 5000, "beyond 64-bit integers"),
