@@ -1,10 +1,13 @@
 """Command line of training: `accelerate launch -m hf_softpick.train RECIPE [section.key=value ...]`."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, UserError
 
@@ -51,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             from hf_softpick.training.dry_run import describe
 
-            print(describe(recipe))
+            text = describe(recipe)
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(text)
             return 0
         from hf_softpick.training.run import run
 
-        run(recipe, debug=options.debug)
+        with _sigterm_as_interrupt():
+            run(recipe, debug=options.debug)
         return 0
     except UserError as error:
         if options.debug:
@@ -65,8 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A launcher ends all processes when the first one fails, so let rank 0 have its say first.
             time.sleep(2)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nhf_softpick: stopped outside the training loop; run the same command again.", file=sys.stderr)
+        return Stopped.exit_code
     finally:
         _leave_process_group()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Outside the training loop, which has handlers of its own, there is nothing to save: stop at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _print(error: UserError) -> None:

@@ -182,8 +182,8 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
 def _refuse_foreign(normalizer: str, implementation: str) -> None:
     if normalizer.removeprefix("scaled_") != "softmax":
         raise ValueError(
-            f"the normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}: {implementation} "
-            f"computes softmax. Use {', '.join(map(repr, IMPLEMENTATIONS))}."
+            f"the normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}: it is not one of "
+            f"{', '.join(map(repr, IMPLEMENTATIONS))}, and transformers' own attention computes softmax."
         )
 
 

@@ -1,6 +1,7 @@
 """The model of a run: new, or going on from another one. Parameters are float32 whatever a configuration file says."""
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -10,6 +11,10 @@ from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.training.recipe_model import ModelSettings
 
+_WRONG_SETTINGS = (ValueError, OSError, KeyError)
+# What transformers raises for weights that are cut off or do not fit.
+_UNREADABLE = (*_WRONG_SETTINGS, RuntimeError, SafetensorError)
+
 
 def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The model that `settings` describe, on CPU (or sharded by ZeRO-3), float32, the same on every rank.
@@ -18,9 +23,10 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
         RecipeError: the settings do not make a model, or the tokenizer has more tokens than the model.
     """
     set_seed(seed)
+    expected = _WRONG_SETTINGS if settings.from_ is None else _UNREADABLE
     try:
         model = _new(settings, tokenizer, seed) if settings.from_ is None else _continued(settings)
-    except (ValueError, OSError, KeyError) as error:
+    except expected as error:
         origin = f"model.from {settings.from_}" if settings.from_ is not None else "model"
         raise RecipeError(f"{origin}: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
@@ -65,13 +71,22 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
         implementation = foreign_attention(settings)
     else:
         config.normalizer = settings.normalizer
-    return AutoModelForCausalLM.from_pretrained(
+    model, loading = AutoModelForCausalLM.from_pretrained(
         settings.from_,
         revision=settings.revision,
         config=config,
         dtype=torch.float32,
         attn_implementation=implementation,
+        output_loading_info=True,
+        use_safetensors=True,  # nothing that is downloaded is ever unpickled
     )
+    missing = sorted(name for name in loading["missing_keys"] if not name.endswith(".head_scale"))
+    if missing:
+        raise ValueError(
+            f"{settings.from_} has no weights for {len(missing)} parameters ({', '.join(missing[:3])}, ...), which "
+            "would start at random. Its config.json does not belong to its weights."
+        )
+    return model
 
 
 def is_foreign(config: object) -> bool:

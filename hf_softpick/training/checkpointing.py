@@ -72,7 +72,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    whole = isinstance(files, dict) and files and all(isinstance(file, dict) for file in files.values())
+    return manifest if whole else {}
 
 
 def verify(directory: Path) -> list[str]:
@@ -87,9 +89,9 @@ def verify(directory: Path) -> list[str]:
         path = directory / name
         if not path.is_file():
             faults.append(f"{name} is missing")
-        elif path.stat().st_size != expected["size"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
-        elif sha256_of(path) != expected["sha256"]:
+        elif path.stat().st_size != expected.get("size"):
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {expected.get('size')}")
+        elif sha256_of(path) != expected.get("sha256"):
             faults.append(f"sha256 mismatch in {name}")
     return faults
 

@@ -13,6 +13,7 @@ from .recipe import Recipe, write_yaml
 from .recipe_model import ModelSettings
 
 GIB = 2**30
+_FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".txt", ".gz")
 
 
 def describe(recipe: Recipe) -> str:
@@ -191,6 +192,10 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
         remote.append(recipe.tokenizer.from_)
     if recipe.model.from_ and _is_remote(recipe.model.from_) and not recipe.model.revision:
         remote.append(recipe.model.from_)
+    absent = [name for name in remote if Path(name).suffix in _FILE_ENDINGS or name.startswith(("/", ".", "~"))]
+    if absent:
+        yield f"{', '.join(absent)} does not exist here."
+    remote = [name for name in remote if name not in absent]
     if remote:
         yield f"no revision is given for {', '.join(remote)}: another day may bring other content."
 

@@ -1,6 +1,5 @@
 """RUN/final: the finished model as others load it, written beside its place and renamed when it is whole."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from hf_softpick.errors import StorageError
 from hf_softpick.training import environment
-from hf_softpick.training.build import foreign_attention, is_foreign
+from hf_softpick.training.build import is_foreign
 from hf_softpick.training.model_card import model_card
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.trainer import SoftpickTrainer
@@ -56,13 +55,6 @@ def write_final(
 
 def _complete(staging: Path, model: Any, recipe: Recipe, results: dict[str, Any], data_report: dict[str, Any]) -> None:
     foreign = is_foreign(model.config)
-    if foreign and recipe.model.normalizer != "softmax":
-        # transformers never saves which attention a model ran with. With this name in it, loading without the package
-        # is an error instead of a silent softmax.
-        path = staging / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["attn_implementation"] = foreign_attention(recipe.model)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     text = (recipe.run.directory / "recipe.yaml").read_text(encoding="utf-8")
     parameters = results.pop("parameters")
     card = model_card(recipe, text, results, data_report, environment.versions(), parameters, foreign)

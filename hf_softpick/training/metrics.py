@@ -70,14 +70,14 @@ class MetricsFile:
             file.write(json.dumps(plain(record), ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line that was cut off by a crash is left out."""
+        """All records; a line that a crash cut off or spoilt is left out."""
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
-        return records
+        return [record for record in records if isinstance(record, dict)]
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run measures those steps again."""

@@ -6,9 +6,9 @@ from typing import Any
 from hf_softpick.training.recipe import Recipe
 
 _WARNING = """\
-> **The weights belong to {normalizer} attention.** Loading them into a model that computes softmax (a plain Llama
-> class, `attn_implementation="sdpa"` or `"flash_attention_2"`, an engine that converts checkpoints) gives text without
-> an error message, and wrong numbers. `trust_remote_code=True`, or an installed hf_softpick, gives the trained model.
+> **The weights belong to {normalizer} attention.** Load them with `trust_remote_code=True` or with hf_softpick
+> installed. An engine that converts checkpoints, or a class of another architecture that is told to use `sdpa` or
+> flash attention, computes softmax over them: text without an error message, and wrong numbers.
 """
 
 _SOFTMAX = "> The attention is ordinary softmax; any implementation computes what was trained.\n"
@@ -27,7 +27,7 @@ def model_card(
 
     Args:
         recipe_text: the resolved recipe as YAML.
-        results: step, tokens_seen, train_loss, eval_loss, ... of the end of the run.
+        results: step, tokens_seen, last_loss, eval_loss, ... of the end of the run.
         foreign: the architecture is one of transformers' own, run with our attention.
     """
     normalizer = recipe.model.normalizer

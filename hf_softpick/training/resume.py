@@ -24,7 +24,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     data = {name: value for name, value in sections["data"].items() if name not in ("cache_dir", "num_proc")}
     # How attention is computed may change, for instance with the machine; what it computes may not.
     model = {name: value for name, value in sections["model"].items() if name != "attn_implementation"}
-    return {"model": model, "tokenizer": sections["tokenizer"], "data": data}
+    # Another seed would draw other batches for the rest, another optimizer has another state.
+    order = {name: recipe.training.arguments.get(name) for name in ("seed", "data_seed", "optim")}
+    return {"model": model, "tokenizer": sections["tokenizer"], "data": data, "training": order}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -48,15 +50,16 @@ def finished_step(recipe: Recipe) -> int | None:
     path = recipe.run.directory / FINISHED
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        step, before, ended = record["step"], record["identity"], record["length"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    _require_same(recipe.run.directory, record["identity"], identity(recipe))
+    _require_same(recipe.run.directory, before, identity(recipe))
     length = {name: recipe.training.arguments.get(name) for name in LENGTH}
-    if length == record["length"]:
-        return record["step"]
+    if length == ended:
+        return step
     if not checkpointing.steps(recipe.run.directory / "checkpoints"):
         raise RecipeError(
-            f"{recipe.run.directory} is finished at step {record['step']} and has no checkpoint to go on from. Choose "
+            f"{recipe.run.directory} is finished at step {step} and has no checkpoint to go on from. Choose "
             "another run.name."
         )
     return None
@@ -99,7 +102,7 @@ def check_resume(checkpoint: Path, facts: dict[str, Any], run: Path) -> dict[str
         RecipeError: other model or data, another global batch, or a sharding that cannot be changed.
     """
     manifest = checkpointing.read_manifest(checkpoint)
-    _require_same(run, manifest["identity"], facts["identity"])
+    _require_same(run, manifest.get("identity", {}), facts["identity"])
     if manifest["data"] != facts["data"]:
         raise RecipeError(
             f"{run} was trained on {manifest['data']}, but the prepared data is now {facts['data']}: the sources have "

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_softpick.data.collating import PackedCollator
 from hf_softpick.data.preparing import PreparedData, prepare_data
-from hf_softpick.errors import Stopped, StorageError
+from hf_softpick.errors import RecipeError, Stopped, StorageError
 from hf_softpick.modeling.attention_softpick import resolve_auto
 from hf_softpick.training import environment, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
@@ -57,6 +59,33 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
         if main:
             print(f"{recipe.run.directory}: already finished at step {step}; nothing to do.")
         return RunResult(recipe.run.directory, step, {})
+    with _locked(recipe.run.directory, main):
+        return _train(recipe, main, debug)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, main: bool) -> Iterator[None]:
+    """Keep a second launch out of the run folder. The system frees the lock when the process dies, however it dies."""
+    if not main:
+        yield
+        return
+    lock = FileLock(directory / ".lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RecipeError(
+            f"{directory} is in use by another process on this run. Wait for it, or choose another run.name."
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error}. Choose another run.root.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train(recipe: Recipe, main: bool, debug: bool) -> RunResult:
     if not debug:
         transformers.logging.disable_progress_bar()  # One bar, that of the training steps, is enough.
         # DeepSpeed calls deprecated collectives several times a step, each with a warning.
@@ -85,6 +114,8 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
             print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
     with _reporters(recipe.run.directory):
         trainer = _make_trainer(recipe, args, data, facts)
+        if checkpoint is not None:
+            trainer.guard.consecutive = manifest.get("consecutive_skips", 0)
         if main:
             print(_what_runs(recipe, trainer, active), flush=True)
         trainer.stop.install()
@@ -114,14 +145,16 @@ def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
     attention = model.config._attn_implementation
     if attention == "auto":
         attention = f"auto ({resolve_auto(device)})"
-    parts = [f"{recipe.model.normalizer} attention by {attention}", f"{parameters / 1e6:.1f}M parameters", active]
+    where = active if active == "one process" else f"{active} on {trainer.args.world_size} processes"
+    parts = [f"{recipe.model.normalizer} attention by {attention}", f"{parameters / 1e6:.1f}M parameters", where]
     if device == "cpu":
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-        advice = (
-            f": set OMP_NUM_THREADS={cores} to use them" if threads == 1 < cores and active == "one process" else ""
-        )
-        parts.append(f"{threads} of {cores} cores{advice}")
-    return f"{recipe.run.name}: " + ", ".join([*parts, device])
+        idle = threads == 1 < cores and active == "one process"
+        advice = f" (OMP_NUM_THREADS={cores} would use all {cores} cores)" if idle else ""
+        parts.append(f"cpu with {threads} threads a process{advice}")
+    else:
+        parts.append(device)
+    return f"{recipe.run.name}: " + ", ".join(parts)
 
 
 def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
@@ -184,7 +217,7 @@ def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str
         metrics=metrics,
         max_consecutive_skips=recipe.training.max_consecutive_skips,
         manifest_facts=facts,
-        callbacks=[MetricsLog(metrics), Progress(show_bar=not args.disable_tqdm)],
+        callbacks=[MetricsLog(metrics), Progress(show_bar=not args.disable_tqdm and sys.stderr.isatty())],
     )
     trainer.add_callback(
         Samples(lambda step: write_samples(trainer, recipe, data.tokenizer, step), recipe.eval.generate_every)
@@ -220,7 +253,7 @@ def _finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> Run
     results = {
         "step": step,
         "tokens_seen": trainer.state.num_input_tokens_seen,
-        "train_loss": losses[-1] if losses else math.nan,
+        "last_loss": losses[-1] if losses else _mean_loss(trainer),
         **evaluation,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
     }
@@ -237,6 +270,11 @@ def _finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> Run
         repo = hub.get("hub_model_id") or recipe.run.name
         print("Uploaded:", push(final, repo, private, hub.get("hub_revision")))
     return RunResult(directory, step, results)
+
+
+def _mean_loss(trainer: SoftpickTrainer) -> float:
+    """Mean training loss of a run too short for a log line."""
+    return next((e["train_loss"] for e in reversed(trainer.state.log_history) if "train_loss" in e), math.nan)
 
 
 def _print_end(directory: Path, results: dict[str, Any], samples: list[dict[str, str]], vocabulary: int) -> None:

@@ -3,6 +3,7 @@
 Only what has to sit inside the Trainer lives here; the order of a run is in run.py.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -18,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_softpick.errors import StorageError
+from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.training import checkpointing
 from hf_softpick.training.callbacks import StopRequest
 from hf_softpick.training.evaluation import token_weighted_loss
@@ -252,10 +254,20 @@ class SoftpickTrainer(Trainer):
         return str(self.staging or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the base class, but without the pickle of the arguments: it holds tokens in clear text."""
+        """As the base class, without the pickle of the arguments (it holds tokens in clear text), and with the name of
+        the attention that a model of another architecture runs with."""
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        name = getattr(self.model.config, "_attn_implementation", None)
+        if name in NORMALIZERS and name != "softmax":
+            # transformers never saves which attention a model ran with. With this name in it, loading without the
+            # package is an error instead of a silent softmax.
+            path = folder / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8")) | {"attn_implementation": name}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint beside its place, describe it, rename it. All ranks agree that it is whole."""
@@ -274,7 +286,9 @@ class SoftpickTrainer(Trainer):
     def _publish(self, root: Path, step: int) -> None:
         if not self.is_world_process_zero():
             return
-        facts = {"step": step, "tokens_seen": self.state.num_input_tokens_seen, **self.manifest_facts}
+        # A relaunch goes on counting refused updates: a run that diverged must not end by being restarted.
+        counts = {"tokens_seen": self.state.num_input_tokens_seen, "consecutive_skips": self.guard.consecutive}
+        facts = {"step": step, **counts, **self.manifest_facts}
         checkpointing.write_manifest(self.staging / f"{PREFIX_CHECKPOINT_DIR}-{step}", facts)
         checkpointing.publish(root, step)
         checkpointing.rotate(root, self.args.save_total_limit)

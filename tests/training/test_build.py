@@ -129,3 +129,24 @@ def test_finished_foreign_model_never_loads_as_softmax(llama, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(run / "final")
     assert loaded.config._attn_implementation == "softpick"
     assert AutoConfig.from_pretrained(run / "final").use_cache is True
+
+
+def test_every_save_of_a_foreign_model_names_its_attention(llama, tmp_path, capsys):
+    """transformers drops the name: a checkpoint without it would load as softmax, without a word."""
+    recipe = write_recipe(tmp_path, model={"from": str(llama), "normalizer": "softpick"})
+    assert main([str(recipe), "training.max_steps=2", "training.save_steps=1"]) == 0, capsys.readouterr().err
+    for folder in ("checkpoints/checkpoint-1", "checkpoints/checkpoint-2", "final"):
+        assert AutoConfig.from_pretrained(tmp_path / "runs/tiny" / folder)._attn_implementation == "softpick"
+
+
+def test_weights_that_are_missing_or_cut_off_are_refused(llama, tmp_path, capsys):
+    config = json.loads((llama / "config.json").read_text())
+    deeper = tmp_path / "deeper"
+    LlamaForCausalLM.from_pretrained(llama).save_pretrained(deeper)
+    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert main([str(write_recipe(tmp_path, model={"from": str(deeper), "normalizer": "softpick"}))]) == 2
+    assert "has no weights for 9 parameters" in capsys.readouterr().err
+    weights = deeper / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main([str(tmp_path / "recipe.yaml")]) == 2
+    assert "model.from" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from training_runs import environment, losses, records, start, train, write_recipe
 
 from hf_softpick.train import main
@@ -289,3 +290,31 @@ def test_environment_is_left_alone(control, copied, monkeypatch):
     monkeypatch.delenv("WANDB_DIR", raising=False)
     assert copied[1]() == 0
     assert "WANDB_DIR" not in os.environ and "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_second_launch_into_the_same_folder_is_refused(copied, capsys):
+    """Two processes that write one folder would both look as if they had gone well."""
+    with FileLock(copied[0] / ".lock"):
+        assert copied[1]() == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_another_seed_is_refused(copied, capsys):
+    """The rest of the run would draw other batches: some rows twice, some never."""
+    assert copied[1]("training.seed=7") == 2
+    assert "training.seed: " in capsys.readouterr().err
+
+
+def test_relaunch_goes_on_counting_refused_updates(folder, capsys):
+    """A run that diverged must not end well because somebody restarts it often enough."""
+    arguments = ["run.name=requeued", "training.learning_rate=1e30", "training.max_consecutive_skips=3"]
+    for _ in range(2):
+        assert main([str(folder / "recipe.yaml"), *arguments, "training.save_steps=2", "training.max_steps=60"]) == 5
+        assert "4 updates in a row" in capsys.readouterr().err
+
+
+def test_spoilt_record_of_the_end_is_not_a_traceback(copied):
+    """Whatever is in finished.json, the checkpoints say where the run is."""
+    for text in ("{}", "[]", "3", "\x00"):
+        (copied[0] / "finished.json").write_text(text)
+        assert copied[1]() == 0
