@@ -5,6 +5,7 @@ import shutil
 import tempfile
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports torch or a Hugging Face library, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,11 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples on every run of CI; by hand, new ones are tried each time.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 _cache = pytest.StashKey[str]()
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from ..data.redaction import redacted_errors
 from ..data.settings import DataSettings, Section, TokenizerSettings
@@ -142,9 +143,22 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
         raise StorageError(f"{path}: the recipe cannot be written: {error.strerror}") from None
 
 
+class _Representer(SafeRepresenter):
+    """Quotes text with characters that YAML takes for line ends; unquoted they come back as spaces."""
+
+    def represent_str(self, data: str):
+        """A scalar node."""
+        style = '"' if any(character in data for character in "\r\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def write_yaml(values: dict[str, Any], stream: TextIO) -> None:
     """Write plain values as YAML in the order that they have."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.allow_unicode = True

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_softpick.errors import RecipeError, StorageError
@@ -158,6 +158,8 @@ def test_a_dumped_recipe_reads_back_equal(small, tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
+@example(prompt="\x85", epsilon=1.0)
+@example(prompt="a\u2028b\r", epsilon=1.0)
 @given(prompt=st.text(max_size=30), epsilon=st.floats(1e-30, 1.0))
 def test_any_text_and_number_survives_the_file(tmp_path_factory, prompt, epsilon):
     """Text that looks like a number, a boolean or YAML syntax must come back as text."""
