@@ -79,7 +79,7 @@ def _loading(needs_package: bool, normalizer: str) -> str:
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # or: import hf_softpick first\n"
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n```\n"
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n```\n"
     )
 
 
