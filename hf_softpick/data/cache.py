@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_softpick.errors import DataError, StorageError
+from hf_softpick.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tupl
                     logger.warning("%s is damaged or incomplete and is replaced", directory)
                     shutil.rmtree(directory)
                 os.rename(staging, directory)
-                _sync(directory.parent)
+                sync(directory.parent)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     return manifest, True
@@ -136,7 +137,7 @@ def _storage_errors(directory: Path) -> Iterator[None]:
 def _finish(staging: Path, manifest: dict[str, Any]) -> None:
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     for path in files:
-        _sync(path)
+        sync(path)
     manifest["files"] = {
         path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sample_sha256": _digest(path)}
         for path in files
@@ -144,20 +145,12 @@ def _finish(staging: Path, manifest: dict[str, Any]) -> None:
     manifest["seal"] = _seal(manifest)
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (staging / MANIFEST, staging):
-        _sync(path)
+        sync(path)
 
 
 def _seal(manifest: dict[str, Any]) -> str:
     """What tells a manifest that was changed or made by hand."""
     return fingerprint({name: value for name, value in manifest.items() if name != "seal"})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

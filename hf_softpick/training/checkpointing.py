@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_softpick.errors import CheckpointError
+from hf_softpick.files import sync, umask
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -44,14 +45,14 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             # safetensors writes 0600; other users of a shared run folder may read the rest, so let them read this too.
-            path.chmod(0o666 & ~_umask())
-            _sync(path)
+            path.chmod(0o666 & ~umask())
+            sync(path)
             files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(manifest)
+    sync(manifest)
     for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        _sync(folder)
+        sync(folder)
 
 
 def publish(root: Path, step: int) -> Path:
@@ -61,7 +62,7 @@ def publish(root: Path, step: int) -> Path:
         # The same step again, after a resume from an older checkpoint: the new one replaces it.
         target.rename(staging_directory(root, step) / "replaced")
     os.rename(staging_directory(root, step) / target.name, target)
-    _sync(root)
+    sync(root)
     shutil.rmtree(staging_directory(root, step), ignore_errors=True)
     return target
 
@@ -146,17 +147,3 @@ def rotate(root: Path, limit: int | None) -> None:
         return
     for step in steps(root)[max(limit, 2) :]:
         shutil.rmtree(checkpoint_directory(root, step), ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

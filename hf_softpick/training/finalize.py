@@ -1,11 +1,11 @@
 """RUN/final: the finished model as others load it, written beside its place and renamed when it is whole."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from hf_softpick.errors import StorageError
+from hf_softpick.files import umask
 from hf_softpick.training import environment
 from hf_softpick.training.build import is_foreign
 from hf_softpick.training.model_card import model_card
@@ -59,11 +59,10 @@ def _complete(staging: Path, model: Any, recipe: Recipe, results: dict[str, Any]
     parameters = results.pop("parameters")
     card = model_card(recipe, text, results, data_report, environment.versions(), parameters, foreign)
     (staging / "README.md").write_text(card, encoding="utf-8")
-    umask = os.umask(0)
-    os.umask(umask)
+    hidden = umask()
     for path in staging.rglob("*"):
         # safetensors writes 0600, which would shut out everybody else who may read this folder.
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
 
 
 def _replace(staging: Path, final: Path) -> None:
