@@ -1,0 +1,413 @@
+"""Gradients of attention: two deterministic kernels, or one pass that adds dq with atomics.
+
+Derivation in the README of the kernel. With L the log2 denominator of a row, e = 2^(x - L) and delta = <o, do>,
+dx = e * (dp - delta) where x > 0 and e * delta elsewhere; w = relu(e - 2^-L) needs no division.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRET, Problem, dense_rows
+from .tiles import FAR, finite_lse, key_range, load_tile, longest_first, rectify, score_gradient, split_range, visible_interval
+from .tuning import Config, configuration
+from .visibility import Visible
+
+_INTEGERS = [
+    "B", "T", "S", "H", "tiles", "heads", "chunk_heads", "offset", "left", "right",
+    "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h", "sg_b", "sg_t", "sg_h",
+    "srow_b", "skey_b", "sm_b", "sm_h", "sm_t", "sm_s", "sbound_b",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "H", "sg_b", "sg_t", "sg_h"])
+def delta_kernel(
+    out, grad, lse, delta, floor, T, H, sg_b, sg_t, sg_h, UNIT: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    BDV: tl.constexpr, NORMALIZER: tl.constexpr,
+):  # fmt: skip
+    """delta = <o, do> and floor = 2^-L of BM queries of a head; both [B, H, T] float32."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_t = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_t = o_t < T
+    b_o = load_tile(out + (i_b * T * H + i_h) * DV, o_t, H.to(tl.int64) * DV, m_t, DV, BDV, True)
+    b_do = load_tile(grad + (i_b * sg_b + i_h * sg_h) * UNIT, o_t, sg_t.to(tl.int64) * UNIT, m_t, DV, BDV, True)
+    tl.store(delta + i_bh * T + o_t, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1), mask=m_t)
+    if NORMALIZER == "softpick":
+        b_lse = tl.load(lse + i_bh * T + o_t, mask=m_t, other=0.0)
+        tl.store(floor + i_bh * T + o_t, tl.math.exp2(-b_lse), mask=m_t)
+
+
+@triton.jit(do_not_specialize=["T", "S", "srow_b", "tiles"])
+def bounds_kernel(start, end, bounds, T, S, srow_b, tiles, BN: tl.constexpr, BT: tl.constexpr):
+    """Which queries see a tile of keys, and which see all of it: first, last of each, int32 [B or 1, tiles, 4]."""
+    n0 = tl.program_id(0) * BN
+    i_b = tl.program_id(1).to(tl.int64)
+    start += i_b * srow_b
+    end += i_b * srow_b
+    lo, hi, inner_lo, inner_hi = FAR, 0, FAR, T
+    for t0 in range(0, T, BT):
+        o_t = t0 + tl.arange(0, BT)
+        m_t = o_t < T
+        b_start = tl.load(start + o_t, mask=m_t, other=0).to(tl.int32)
+        b_end = tl.minimum(tl.load(end + o_t, mask=m_t, other=0).to(tl.int32), S)
+        b_sees = m_t & (b_start < tl.minimum(b_end, n0 + BN)) & (b_end > n0)
+        lo = tl.minimum(lo, tl.min(tl.where(b_sees, o_t, FAR), 0))
+        hi = tl.maximum(hi, tl.max(tl.where(b_sees, o_t + 1, 0), 0))
+        b_all = m_t & (b_start <= n0) & (b_end >= n0 + BN)
+        inner_lo = tl.minimum(inner_lo, tl.min(tl.where(b_all, o_t, FAR), 0))
+        b_stop = m_t & (b_all == 0) & (o_t > inner_lo)
+        inner_hi = tl.minimum(inner_hi, tl.min(tl.where(b_stop, o_t, FAR), 0))
+    bounds += (i_b * tiles + tl.program_id(0)) * 4
+    tl.store(bounds, tl.minimum(lo, hi))
+    tl.store(bounds + 1, hi)
+    tl.store(bounds + 2, inner_lo)
+    tl.store(bounds + 3, inner_hi)
+
+
+@triton.jit
+def _dq_keys(
+    b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
+    D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    NORMALIZER: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys lo <= j < hi to the gradient of a tile of queries."""
+    for n0 in tl.range(lo, hi, BN):
+        o_n = n0 + tl.arange(0, BN)
+        m_n = o_n < hi
+        if HAS_KEYS:
+            m_n = m_n & (tl.load(keys + o_n, mask=m_n, other=0) != 0)
+        b_k = load_tile(k, o_n, sk_t, m_n, D, BD, MASKED or HAS_KEYS)
+        b_v = load_tile(v, o_n, sv_t, m_n, DV, BDV, MASKED or HAS_KEYS)
+        # [BM, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if NEGATE:
+            b_s = -b_s
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_e = tl.math.exp2(b_s * scale - b_lse[:, None])
+        b_ds = score_gradient(b_s, b_e, b_dp, b_delta[:, None], NORMALIZER)
+        if MASKED or HAS_KEYS or HAS_MASK:
+            m_s = m_n[None, :]
+            if MASKED:
+                m_s = m_s & (o_n[None, :] >= b_start[:, None]) & (o_n[None, :] < b_end[:, None])
+            if HAS_MASK:
+                p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
+                m_s = m_s & (tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0) != 0)
+            b_ds = tl.where(m_s, b_ds, 0.0)
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def dq_kernel(
+    q, k, v, grad, lse, delta, dq, start, end, keys, mask, scale, score_scale,
+    B, T, S, H, tiles, heads, chunk_heads, offset, left, right,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t, sm_s,
+    UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    RELU: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BM queries of one head; `score_scale` is the caller's scale, sign included."""
+    i_bh, i_m = longest_first(tiles, heads, chunk_heads)
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = (i_bh % H).to(tl.int64)
+    i_hk = i_h // G
+    q += (i_b * sq_b + i_h * sq_h) * UNIT
+    k += (i_b * sk_b + i_hk * sk_h) * UNIT
+    v += (i_b * sv_b + i_hk * sv_h) * UNIT
+    grad += (i_b * sg_b + i_h * sg_h) * UNIT
+    sk_t = sk_t.to(tl.int64) * UNIT
+    sv_t = sv_t.to(tl.int64) * UNIT
+    if HAS_KEYS:
+        keys += i_b * skey_b
+    if HAS_MASK:
+        mask += i_b * sm_b + i_h * sm_h
+    if ROWS == "given":
+        start += i_b * srow_b
+        end += i_b * srow_b
+    o_t = i_m * BM + tl.arange(0, BM)
+    m_t = o_t < T
+    b_q = load_tile(q, o_t, sq_t.to(tl.int64) * UNIT, m_t, D, BD, True)
+    b_do = load_tile(grad, o_t, sg_t.to(tl.int64) * UNIT, m_t, DV, BDV, True)
+    p_row = (i_b * H + i_h) * T + o_t
+    b_lse = finite_lse(tl.load(lse + p_row, mask=m_t, other=0.0), NORMALIZER)
+    b_delta = tl.load(delta + p_row, mask=m_t, other=0.0)
+
+    b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
+    lo, hi, inner_lo, inner_hi = key_range(b_start, b_end, m_t)
+    full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BN)
+    b_dq = tl.zeros([BM, BD], tl.float32)
+    if LEFT:
+        b_dq = _dq_keys(
+            b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, full_lo, scale, sk_t, sv_t,
+            sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, True,
+        )  # fmt: skip
+    b_dq = _dq_keys(
+        b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, full_lo, full_hi, scale, sk_t, sv_t,
+        sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, False,
+    )  # fmt: skip
+    b_dq = _dq_keys(
+        b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, full_hi, hi, scale, sk_t, sv_t,
+        sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, True,
+    )  # fmt: skip
+    o_d = tl.arange(0, BD)
+    p_dq = dq + (((i_b * T + o_t) * H + i_h) * D)[:, None] + o_d[None, :]
+    tl.store(p_dq, (b_dq * score_scale).to(dq.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _dkv_queries(
+    b_k, b_v, b_dk, b_dv, q, grad, dq, lse, delta, floor, mask, start, end, m_n, o_n, lo, hi, T, S, H, offset, left, right,
+    scale, sq_t, sg_t, sm_t, sm_s,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
+    NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, ADD_DQ: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the queries lo <= t < hi of one head to the gradients of a tile of keys, and with ADD_DQ their own."""
+    for t0 in tl.range(lo, hi, BM):
+        o_t = t0 + tl.arange(0, BM)
+        m_t = o_t < hi
+        b_q = load_tile(q, o_t, sq_t, m_t, D, BD, MASKED)
+        b_do = load_tile(grad, o_t, sg_t, m_t, DV, BDV, MASKED)
+        if MASKED:
+            b_lse = tl.load(lse + o_t, mask=m_t, other=0.0)
+            b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)
+        else:
+            b_lse = tl.load(lse + o_t)
+            b_delta = tl.load(delta + o_t)
+        b_lse = finite_lse(b_lse, NORMALIZER)
+        # [BN, BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        if NEGATE:
+            b_s = -b_s
+        b_e = tl.math.exp2(b_s * scale - b_lse[None, :])
+        if NORMALIZER == "softpick":
+            b_p = b_e - (tl.load(floor + o_t, mask=m_t, other=1.0) if MASKED else tl.load(floor + o_t))[None, :]
+        elif NORMALIZER == "rectified_softmax":
+            b_p = tl.where(b_s < 0, 0.0, b_e)
+        else:
+            b_p = b_e
+        if MASKED or HAS_MASK:
+            m_s = m_t[None, :]
+            if MASKED:
+                b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
+                m_s = m_s & (o_n[:, None] >= b_start[None, :]) & (o_n[:, None] < b_end[None, :])
+            if HAS_MASK:
+                p_mask = mask + o_t.to(tl.int64)[None, :] * sm_t + o_n.to(tl.int64)[:, None] * sm_s
+                m_s = m_s & (tl.load(p_mask, mask=m_t[None, :] & m_n[:, None], other=0) != 0)
+            b_p = tl.where(m_s, b_p, 0.0)
+        if NORMALIZER == "softpick":
+            b_w = rectify(b_p, b_do.dtype, RELU)
+        else:
+            b_w = b_p.to(b_do.dtype)
+        b_dv = tl.dot(b_w, b_do, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_ds = score_gradient(b_s, b_e, b_dp, b_delta[None, :], NORMALIZER)
+        if MASKED or HAS_MASK:
+            b_ds = tl.where(m_s, b_ds, 0.0)
+        b_ds = b_ds.to(b_q.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+        if ADD_DQ:
+            if HAS_KEYS:
+                b_ds = tl.where(m_n[:, None], b_ds, 0.0)
+            o_d = tl.arange(0, BD)
+            b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)
+            p_dq = dq + (o_t.to(tl.int64) * H * D)[:, None] + o_d[None, :]
+            tl.atomic_add(p_dq, b_dq, mask=m_t[:, None] & (o_d < D)[None, :], sem="relaxed")
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def dkv_kernel(
+    q, k, v, grad, lse, delta, floor, bounds, dq, dk, dv, start, end, keys, mask, scale, score_scale,
+    B, T, S, H, tiles, heads, offset, left, right,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t, sm_s,
+    sbound_b,
+    UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    RELU: tl.constexpr, ADD_DQ: tl.constexpr, EACH_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BN keys and values of one key head over its G query heads.
+
+    EACH_HEAD: one program a query head, for small grids; dk and dv are then per query head, summed by the caller.
+    ADD_DQ: dq is added to as well, with atomics, in an order that differs between runs.
+    """
+    # The first keys, which most queries see, come first.
+    i_n = tl.program_id(0) // heads
+    i_bh = tl.program_id(0) % heads
+    if EACH_HEAD:
+        i_b = (i_bh // H).to(tl.int64)
+        first = i_bh % H
+        i_hk = (first // G).to(tl.int64)
+        count = 1
+    else:
+        i_b = (i_bh // (H // G)).to(tl.int64)
+        i_hk = (i_bh % (H // G)).to(tl.int64)
+        first = i_bh % (H // G) * G
+        count = G
+    n0 = i_n * BN
+    o_n = n0 + tl.arange(0, BN)
+    m_n = o_n < S
+    b_k = load_tile(k + (i_b * sk_b + i_hk * sk_h) * UNIT, o_n, sk_t.to(tl.int64) * UNIT, m_n, D, BD, True)
+    b_v = load_tile(v + (i_b * sv_b + i_hk * sv_h) * UNIT, o_n, sv_t.to(tl.int64) * UNIT, m_n, DV, BDV, True)
+    if HAS_KEYS:
+        m_n = m_n & (tl.load(keys + i_b * skey_b + o_n, mask=m_n, other=0) != 0)
+    if ROWS == "given":
+        start += i_b * srow_b
+        end += i_b * srow_b
+        bounds += (i_b * sbound_b + i_n) * 4
+        lo, hi = tl.load(bounds), tl.load(bounds + 1)
+        inner_lo, inner_hi = tl.load(bounds + 2), tl.load(bounds + 3)
+    else:
+        lo, hi, inner_lo, inner_hi = 0, T, 0, T
+        if ROWS == "band":
+            lo = tl.minimum(tl.maximum(n0 - offset - right, 0), T)
+            inner_lo = n0 + BN - 1 - offset - right
+            if LEFT:
+                hi = tl.maximum(tl.minimum(n0 + BN + left - offset, T), lo)
+                inner_hi = n0 + left - offset + 1
+        if n0 + BN > S:
+            inner_hi = 0
+    full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BM)
+
+    sq_t = sq_t.to(tl.int64) * UNIT
+    sg_t = sg_t.to(tl.int64) * UNIT
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BDV], tl.float32)
+    for i_g in range(count):
+        i_h = (first + i_g).to(tl.int64)
+        p_q = q + (i_b * sq_b + i_h * sq_h) * UNIT
+        p_g = grad + (i_b * sg_b + i_h * sg_h) * UNIT
+        p_row = (i_b * H + i_h) * T
+        p_dq = dq
+        p_mask = mask
+        if ADD_DQ:
+            p_dq += (i_b * T * H + i_h) * D
+        if HAS_MASK:
+            p_mask += i_b * sm_b + i_h * sm_h
+        b_dk, b_dv = _dkv_queries(
+            b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end, m_n, o_n,
+            lo, full_lo, T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s,
+            D, DV, BM, BD, BDV, NORMALIZER, ROWS, LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, True,
+        )  # fmt: skip
+        b_dk, b_dv = _dkv_queries(
+            b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end, m_n, o_n,
+            full_lo, full_hi, T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s,
+            D, DV, BM, BD, BDV, NORMALIZER, ROWS, LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, False,
+        )  # fmt: skip
+        b_dk, b_dv = _dkv_queries(
+            b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end, m_n, o_n,
+            full_hi, hi, T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s,
+            D, DV, BM, BD, BDV, NORMALIZER, ROWS, LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, True,
+        )  # fmt: skip
+    b_dk = b_dk * score_scale
+    if HAS_KEYS:
+        b_dk = tl.where(m_n[:, None], b_dk, 0.0)
+        b_dv = tl.where(m_n[:, None], b_dv, 0.0)
+    width = H if EACH_HEAD else H // G
+    i_out = first if EACH_HEAD else i_hk
+    row = (i_b * S + o_n) * width + i_out
+    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
+    m_s = (o_n < S)[:, None]
+    tl.store(dk + row[:, None] * D + o_d[None, :], b_dk.to(dk.dtype.element_ty), mask=m_s & (o_d < D)[None, :])
+    tl.store(dv + row[:, None] * DV + o_dv[None, :], b_dv.to(dv.dtype.element_ty), mask=m_s & (o_dv < DV)[None, :])
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    visible: Visible,
+    scale: float,
+    normalizer: str = "softpick",
+    deterministic: bool = True,
+    config: Optional[Config] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v for the gradient of `out` [B, T, H, Dv]; out and lse as `attention_forward` returned them.
+
+    Args:
+        deterministic: True, two kernels whose results are bit-equal between runs; False, one pass that adds dq with
+            atomics.
+
+    Returns:
+        dq, dk, dv, contiguous, shapes and dtypes of q, k, v.
+
+    Raises:
+        ValueError: as `attention_forward`.
+    """
+    if INTERPRET and q.dtype == torch.bfloat16:
+        wide = [x.float() for x in (grad, q, k, v, out)]
+        gradients = attention_backward(*wide, lse, visible, scale, normalizer, deterministic, config)
+        return tuple(x.to(q.dtype) for x in gradients)
+    problem = Problem.of(q, k, v, visible, scale, normalizer)
+    grad = dense_rows(grad.to(v.dtype))
+    B, T, H, D = q.shape
+    S, heads_k, DV = k.shape[1], k.shape[2], v.shape[3]
+    fast = not deterministic
+    dq = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
+    dk = torch.empty(B, S, heads_k, D, dtype=k.dtype, device=k.device)
+    dv = torch.empty(B, S, heads_k, DV, dtype=v.dtype, device=v.device)
+    if 0 in (q.numel(), k.numel(), v.numel()):
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    flags, strides = problem.flags, problem.strides(g=grad)
+    delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    floor = torch.empty_like(delta) if normalizer == "softpick" else delta
+    dq_sum = torch.zeros(B, T, H, D, dtype=torch.float32, device=q.device) if fast else None
+    # Few key heads and short rows leave processors idle: then each query head has its own program and partial sums.
+    dkv = config or configuration("dkv_fast" if fast else "dkv", problem.target, q.dtype, problem.dim)
+    tiles = triton.cdiv(S, dkv.block_n)
+    each_head = H > heads_k and tiles * B * heads_k < 2 * problem.target.processors
+    parts = (dk, dv)
+    if each_head:
+        parts = (
+            torch.empty(B, S, H, D, dtype=torch.float32, device=q.device),
+            torch.empty(B, S, H, DV, dtype=torch.float32, device=q.device),
+        )
+    with problem.device():
+        delta_kernel[(triton.cdiv(T, 64), B * H)](
+            out, grad, lse, delta, floor, T, H, strides["sg_b"], strides["sg_t"], strides["sg_h"],
+            UNIT=strides["UNIT"], DV=DV, BM=64, BDV=flags["BDV"], NORMALIZER=normalizer, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        shared = dict(problem.rows, **problem.numbers, **strides, **flags, scale=problem.scale, score_scale=scale)
+        bounds = _bounds(problem, tiles, dkv.block_n)
+        heads = B * (H if each_head else heads_k)
+        dkv_kernel[(tiles * heads,)](
+            problem.q, problem.k, problem.v, grad, lse, delta, floor, bounds, dq_sum, *parts, **shared, tiles=tiles,
+            heads=heads, sbound_b=0 if bounds is None or bounds.shape[0] == 1 else tiles, ADD_DQ=fast,
+            EACH_HEAD=each_head, BM=dkv.block_m, BN=dkv.block_n, **dkv.launch(),
+        )  # fmt: skip
+        if deterministic:
+            cfg = config or configuration("dq", problem.target, q.dtype, problem.dim)
+            tiles = triton.cdiv(T, cfg.block_m)
+            dq_kernel[(tiles * B * H,)](
+                problem.q, problem.k, problem.v, grad, lse, delta, dq, **shared, tiles=tiles, heads=B * H,
+                chunk_heads=problem.heads_at_once(B * H), BM=cfg.block_m, BN=cfg.block_n, **cfg.launch(),
+            )  # fmt: skip
+    if fast:
+        torch.mul(dq_sum, scale, out=dq)
+    if each_head:
+        for total, part in zip((dk, dv), parts):
+            torch.sum(part.unflatten(2, (heads_k, H // heads_k)), 3, out=total)
+    return dq, dk, dv
+
+
+def _bounds(problem: Problem, tiles: int, block_n: int) -> Optional[torch.Tensor]:
+    """Queries that see each tile of keys, when the intervals are given as tensors."""
+    start, end = problem.rows["start"], problem.rows["end"]
+    if start is None:
+        return None
+    bounds = torch.empty(start.shape[0], tiles, 4, dtype=torch.int32, device=start.device)
+    T, S = problem.numbers["T"], problem.numbers["S"]
+    bounds_kernel[(tiles, start.shape[0])](
+        start, end, bounds, T, S, problem.rows["srow_b"], tiles, BN=block_n, BT=1024, num_warps=4, enable_fp_fusion=True
+    )
+    return bounds

@@ -1,0 +1,131 @@
+"""What forward and backward do alike with a tile of scores: which keys a query sees, loading, hiding, weighting.
+
+Legend, in all Triton files: B batch, T queries, S keys, H query heads, G query heads a key head, D and DV head
+dimensions, BM, BN, BD, BDV sizes of tiles. i_ index of a program, o_ offsets, m_ mask, b_ value of a tile.
+Scores are raw products q.k until they meet `scale` = |scale| * log2(e), so that exp2 is the only exponential.
+"""
+
+import triton
+import triton.language as tl
+
+# Larger than any index, small enough to be added to one.
+FAR = tl.constexpr(1 << 30)
+# Starting level of softmax rows: far below every score, yet finite, because -inf minus -inf is NaN.
+LOWEST = tl.constexpr(-3.0e38)
+SOFTPICK_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def visible_interval(start, end, o_t, T, S, offset, left, right, ROWS: tl.constexpr, LEFT: tl.constexpr):
+    """Keys [first, last) that each query of a tile sees, two int32 [BM].
+
+    ROWS: "all" keys; "band", t + offset - left to t + offset + right; "given", read from start and end, which point
+    at this row of the batch. LEFT: whether there is a lower bound at all.
+    """
+    if ROWS == "given":
+        m_t = o_t < T
+        b_end = tl.minimum(tl.load(end + o_t, mask=m_t, other=0).to(tl.int32), S)
+    elif ROWS == "band":
+        b_end = tl.minimum(o_t + (offset + right + 1), S)
+    else:
+        b_end = o_t * 0 + S
+    if not LEFT:
+        b_start = o_t * 0
+    elif ROWS == "given":
+        b_start = tl.maximum(tl.load(start + o_t, mask=o_t < T, other=0).to(tl.int32), 0)
+    else:
+        b_start = tl.maximum(o_t + (offset - left), 0)
+    return b_start, b_end
+
+
+@triton.jit
+def key_range(b_start, b_end, m_t):
+    """Of a tile of queries: the keys that any of them sees, and those that all of them see."""
+    b_seen = m_t & (b_start < b_end)
+    hi = tl.max(tl.where(b_seen, b_end, 0), 0)
+    lo = tl.minimum(tl.min(tl.where(b_seen, b_start, FAR), 0), hi)
+    inner_lo = tl.max(tl.where(m_t, b_start, 0), 0)
+    inner_hi = tl.min(tl.where(m_t, b_end, FAR), 0)
+    return lo, hi, inner_lo, inner_hi
+
+
+@triton.jit
+def split_range(lo, hi, inner_lo, inner_hi, BLOCK: tl.constexpr):
+    """Where, in steps of BLOCK from lo, the blocks that need no mask begin and end."""
+    full_lo = tl.minimum(lo + tl.cdiv(tl.maximum(inner_lo - lo, 0), BLOCK) * BLOCK, hi)
+    full_hi = full_lo + tl.maximum(tl.minimum(inner_hi, hi) - full_lo, 0) // BLOCK * BLOCK
+    return full_lo, full_hi
+
+
+@triton.jit
+def load_tile(base, o_row, stride, m_row, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BD] of a matrix with `stride` elements between rows; what lies outside is 0."""
+    o_d = tl.arange(0, BD)
+    p_tile = base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if MASKED:
+        if D == BD:
+            b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+        else:
+            b_tile = tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    elif D == BD:
+        b_tile = tl.load(p_tile)
+    else:
+        b_tile = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+    return b_tile
+
+
+@triton.jit
+def hidden_score(NORMALIZER: tl.constexpr):
+    """The raw score of a key that is not seen: 0 adds nothing to softpick's sums, -inf nothing to softmax's."""
+    if NORMALIZER == "softpick":
+        return 0.0
+    else:
+        return float("-inf")
+
+
+@triton.jit
+def rectify(b_p, dtype: tl.constexpr, RELU: tl.constexpr):
+    """max(p, 0) in `dtype`; RELU lets the conversion do it (sm_80 and later), which saves an instruction a score."""
+    if RELU and dtype == tl.bfloat16:
+        b_w = tl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_p], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    elif RELU and dtype == tl.float16:
+        b_w = tl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_p], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        b_w = tl.maximum(b_p, 0.0).to(dtype)
+    return b_w
+
+
+@triton.jit
+def score_gradient(b_s, b_e, b_dp, b_delta, NORMALIZER: tl.constexpr):
+    """Gradient of the scores; b_e = exp(score - log denominator), b_delta = <o, do>, broadcastable to the tile."""
+    if NORMALIZER == "softpick":
+        b_ds = b_e * tl.where(b_s > 0, b_dp - b_delta, b_delta)
+    elif NORMALIZER == "rectified_softmax":
+        b_ds = tl.where(b_s < 0, 0.0, b_e * (b_dp - b_delta))
+    else:
+        b_ds = b_e * (b_dp - b_delta)
+    return b_ds
+
+
+@triton.jit
+def finite_lse(b_lse, NORMALIZER: tl.constexpr):
+    """The denominators as the backward reads them: softmax rows without a key have -inf, and must weigh 0, not inf."""
+    if NORMALIZER == "softpick":
+        return b_lse
+    else:
+        return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+
+@triton.jit
+def longest_first(tiles, heads, chunk_heads):
+    """Head and tile of a program. The last tiles, which see most keys, come first in all heads, so that no processor is
+    left with a long one; `chunk_heads` heads at a time share the level-2 cache."""
+    pid = tl.program_id(0)
+    first = pid // (chunk_heads * tiles) * chunk_heads
+    width = tl.minimum(heads - first, chunk_heads)
+    rest = pid - first * tiles
+    return first + rest % width, tiles - 1 - rest // width
