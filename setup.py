@@ -33,7 +33,14 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "wandb": ["wandb>=0.20"],
     "tensorboard": ["tensorboard>=2.18"],
-    "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "setuptools>=70.1"],
+    "dev": [
+        "hypothesis>=6.100",
+        "kernels>=0.17",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.17,<0.18",
+        "setuptools>=70.1",
+    ],
 }
 
 setup(
@@ -45,7 +52,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # Named, not discovered: discovery refuses several top-level folders, and would ship eval, tests and recipes.
-    packages=find_packages(include=["hf_softpick", "hf_softpick.*"]),
+    packages=[*find_packages(include=["hf_softpick", "hf_softpick.*"]), "softpick_attention"],
+    # The sources of the Hub kernel, from where the Hub's builder wants them.
+    package_dir={"softpick_attention": "kernels/softpick_attention/torch-ext/softpick_attention"},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

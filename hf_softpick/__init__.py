@@ -6,6 +6,7 @@ as soon as transformers' own modeling code is imported, whichever comes first.
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import wrapt
@@ -63,6 +64,19 @@ def _register_when_ready(_module: object) -> None:
 def _half_imported(name: str) -> bool:
     return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
 
+
+def _find_kernels_of_checkout() -> None:
+    """Let `import softpick_attention` find the kernels beside this package, where they lie in a checkout.
+
+    Ahead of site-packages, so that a checkout never runs the kernels of another, installed version; behind the
+    folder of the running script.
+    """
+    folder = Path(__file__).parent.parent / "kernels/softpick_attention/torch-ext"
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.insert(1, str(folder))
+
+
+_find_kernels_of_checkout()
 
 _state = "waiting"
 _HOOKED = (

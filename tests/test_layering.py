@@ -1,11 +1,14 @@
 """A line of code reads downward only: train -> training -> data, modeling. Read from the imports, not from habits."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hf_softpick"
+KERNELS = PACKAGE.parent / "kernels"
+KERNEL_FILES = sorted(KERNELS.glob("*/torch-ext/**/*.py"))
 
 # Layer -> what else of ours it may import. The files of the package itself are the command lines, above everything.
 ALLOWED = {
@@ -76,6 +79,34 @@ def test_the_check_sees_a_violation(tmp_path, monkeypatch):
     wrong.write_text("def f():\n    from ..training import trainer\n    import hf_softpick.modeling.normalizers\n")
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     assert {layer for layer, _ in _ours(wrong)} == {"training", "modeling"}
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_kernels_import_torch_and_triton_alone(path):
+    """The Hub loads a kernel under a name of its own: siblings by `from .name import`, and nothing else of ours."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                assert name.split(".")[0] in {"torch", "triton"} | sys.stdlib_module_names, ast.unparse(node)
+
+
+def test_the_kernel_folder_is_looked_at():
+    assert {"__init__.py", "hub.py", "interface.py"} <= {path.name for path in KERNEL_FILES}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "modeling").rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_are_optional_in_modeling(path):
+    """Inside `try`, as transformers wants it of what a saved model may do without: triton exists on Linux only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tried = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import) and id(node) not in tried:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            tops = {(name or "").split(".")[0] for name in names}
+            assert not tops & {"softpick_attention", "triton"}, ast.unparse(node)
 
 
 def test_no_init_in_folders_that_are_not_packages():
