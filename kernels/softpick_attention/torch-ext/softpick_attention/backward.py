@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 
 from .launch import INTERPRET, Problem, dense_rows
-from .tiles import FAR, finite_lse, key_range, load_tile, longest_first, rectify, score_gradient, split_range, visible_interval
+from .tiles import (
+    FAR,
+    inside,
+    key_range,
+    load_tile,
+    longest_first,
+    rectify,
+    score_gradient,
+    split_range,
+    visible_interval,
+)
 from .tuning import Config, configuration
 from .visibility import Visible
 
@@ -86,17 +96,17 @@ def _dq_keys(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if NEGATE:
             b_s = -b_s
+        if MASKED:
+            b_s = tl.where(inside(o_n[None, :], b_start[:, None], b_end[:, None]), b_s, float("-inf"))
+        if HAS_KEYS:
+            b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        if HAS_MASK:
+            p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
+            b_seen = tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0)
+            b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_e = tl.math.exp2(b_s * scale - b_lse[:, None])
         b_ds = score_gradient(b_s, b_e, b_dp, b_delta[:, None], NORMALIZER)
-        if MASKED or HAS_KEYS or HAS_MASK:
-            m_s = m_n[None, :]
-            if MASKED:
-                m_s = m_s & (o_n[None, :] >= b_start[:, None]) & (o_n[None, :] < b_end[:, None])
-            if HAS_MASK:
-                p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
-                m_s = m_s & (tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0) != 0)
-            b_ds = tl.where(m_s, b_ds, 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -134,7 +144,7 @@ def dq_kernel(
     b_q = load_tile(q, o_t, sq_t.to(tl.int64) * UNIT, m_t, D, BD, True)
     b_do = load_tile(grad, o_t, sg_t.to(tl.int64) * UNIT, m_t, DV, BDV, True)
     p_row = (i_b * H + i_h) * T + o_t
-    b_lse = finite_lse(tl.load(lse + p_row, mask=m_t, other=0.0), NORMALIZER)
+    b_lse = tl.load(lse + p_row, mask=m_t, other=0.0)
     b_delta = tl.load(delta + p_row, mask=m_t, other=0.0)
 
     b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
@@ -179,11 +189,17 @@ def _dkv_queries(
         else:
             b_lse = tl.load(lse + o_t)
             b_delta = tl.load(delta + o_t)
-        b_lse = finite_lse(b_lse, NORMALIZER)
         # [BN, BM]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if NEGATE:
             b_s = -b_s
+        if MASKED:
+            b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
+            b_s = tl.where(inside(o_n[:, None], b_start[None, :], b_end[None, :]), b_s, float("-inf"))
+        if HAS_MASK:
+            p_mask = mask + o_t.to(tl.int64)[None, :] * sm_t + o_n.to(tl.int64)[:, None] * sm_s
+            b_seen = tl.load(p_mask, mask=m_t[None, :] & m_n[:, None], other=0)
+            b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_e = tl.math.exp2(b_s * scale - b_lse[None, :])
         if NORMALIZER == "softpick":
             b_p = b_e - (tl.load(floor + o_t, mask=m_t, other=1.0) if MASKED else tl.load(floor + o_t))[None, :]
@@ -191,15 +207,6 @@ def _dkv_queries(
             b_p = tl.where(b_s < 0, 0.0, b_e)
         else:
             b_p = b_e
-        if MASKED or HAS_MASK:
-            m_s = m_t[None, :]
-            if MASKED:
-                b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
-                m_s = m_s & (o_n[:, None] >= b_start[None, :]) & (o_n[:, None] < b_end[None, :])
-            if HAS_MASK:
-                p_mask = mask + o_t.to(tl.int64)[None, :] * sm_t + o_n.to(tl.int64)[:, None] * sm_s
-                m_s = m_s & (tl.load(p_mask, mask=m_t[None, :] & m_n[:, None], other=0) != 0)
-            b_p = tl.where(m_s, b_p, 0.0)
         if NORMALIZER == "softpick":
             b_w = rectify(b_p, b_do.dtype, RELU)
         else:
@@ -207,8 +214,6 @@ def _dkv_queries(
         b_dv = tl.dot(b_w, b_do, b_dv, input_precision=PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         b_ds = score_gradient(b_s, b_e, b_dp, b_delta[None, :], NORMALIZER)
-        if MASKED or HAS_MASK:
-            b_ds = tl.where(m_s, b_ds, 0.0)
         b_ds = b_ds.to(b_q.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         if ADD_DQ:
@@ -408,6 +413,16 @@ def _bounds(problem: Problem, tiles: int, block_n: int) -> Optional[torch.Tensor
     bounds = torch.empty(start.shape[0], tiles, 4, dtype=torch.int32, device=start.device)
     T, S = problem.numbers["T"], problem.numbers["S"]
     bounds_kernel[(tiles, start.shape[0])](
-        start, end, bounds, T, S, problem.rows["srow_b"], tiles, BN=block_n, BT=1024, num_warps=4, enable_fp_fusion=True
+        start,
+        end,
+        bounds,
+        T,
+        S,
+        problem.rows["srow_b"],
+        tiles,
+        BN=block_n,
+        BT=1024,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return bounds

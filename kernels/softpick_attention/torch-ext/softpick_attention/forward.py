@@ -11,6 +11,7 @@ from .tiles import (
     LOWEST,
     SOFTPICK_EPS,
     hidden_score,
+    inside,
     key_range,
     load_tile,
     longest_first,
@@ -57,14 +58,14 @@ def _attend(
             b_bad = (b_v != b_v) | (tl.abs(b_v) == float("inf"))
             b_v = tl.where(b_bad, 0.0, b_v)
             b_s = tl.where((tl.max(b_bad.to(tl.int32), 1) > 0)[None, :], float("nan"), b_s)
-        if MASKED or HAS_KEYS or HAS_MASK:
-            m_s = m_n[None, :]
-            if MASKED:
-                m_s = m_s & (o_n[None, :] >= b_start[:, None]) & (o_n[None, :] < b_end[:, None])
-            if HAS_MASK:
-                p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
-                m_s = m_s & (tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0) != 0)
-            b_s = tl.where(m_s, b_s, hidden_score(NORMALIZER))
+        if MASKED:
+            b_s = tl.where(inside(o_n[None, :], b_start[:, None], b_end[:, None]), b_s, hidden_score(NORMALIZER))
+        if HAS_KEYS:
+            b_s = tl.where(m_n[None, :], b_s, hidden_score(NORMALIZER))
+        if HAS_MASK:
+            p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
+            b_seen = tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0)
+            b_s = tl.where(b_seen != 0, b_s, hidden_score(NORMALIZER))
         # A whole number: scaling by 2^-m is then exact, and so is a weight of 0 for a score of 0.
         b_m_new = tl.maximum(b_m, tl.ceil(tl.max(b_s, 1) * scale))
         b_alpha = tl.math.exp2(b_m - b_m_new)
@@ -136,6 +137,7 @@ def forward_kernel(
         part = tl.cdiv(tl.cdiv(hi - lo, splits), BN) * BN
         lo = tl.minimum(lo + i_split * part, hi)
         hi = tl.minimum(lo + part, hi)
+        b_end = tl.minimum(b_end, hi)
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BN)
 
     b_m = tl.zeros([BM], tl.float32)
@@ -158,7 +160,8 @@ def forward_kernel(
         b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, full_hi, hi, scale, sk_t, sv_t, sm_t, sm_s,
         D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, True, False,
     )  # fmt: skip
-    # NaN in a finite row came from a value; once more, slowly, so that it reaches no query that does not see it.
+    # NaN in a finite row came from a value; once more, in narrow tiles that need
+    # few registers, so that it reaches no query that does not see it.
     if tl.max(tl.max(((b_o != b_o) & (b_l == b_l)[:, None]).to(tl.int32), 1), 0) > 0:
         b_m = tl.zeros([BM], tl.float32)
         if NORMALIZER == "softmax":
@@ -166,7 +169,7 @@ def forward_kernel(
         b_o, b_l, b_m = _attend(
             b_q, tl.zeros([BM, BDV], tl.float32), tl.zeros([BM], tl.float32), b_m,
             k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
-            D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, True, True,
+            D, DV, BM, 16, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, True, True,
         )  # fmt: skip
 
     o_d = tl.arange(0, BDV)
@@ -186,13 +189,14 @@ def forward_kernel(
 
 @triton.jit
 def _denominator(b_l, b_m, NORMALIZER: tl.constexpr):
-    """The denominator of rows shifted by b_m, and log2 of the unshifted one; a row without keys divides by 1."""
+    """The denominator of rows shifted by b_m, and log2 of the unshifted one. A row without keys divides
+    by 1; softmax gives it +inf, as flash_attn does, so that its weights are 0 in the backward."""
     if NORMALIZER == "softpick":
         b_norm = b_l + SOFTPICK_EPS * tl.math.exp2(-b_m)
         b_lse = b_m + tl.math.log2(b_norm)
     else:
         b_norm = tl.where(b_l == 0, 1.0, b_l)
-        b_lse = tl.where(b_l == 0, float("-inf"), b_m + tl.math.log2(b_norm))
+        b_lse = tl.where(b_l == 0, float("inf"), b_m + tl.math.log2(b_norm))
     return b_norm, b_lse
 
 

@@ -58,6 +58,12 @@ def split_range(lo, hi, inner_lo, inner_hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def inside(b_index, b_start, b_end):
+    """start <= index < end in one comparison, as unsigned numbers; the three broadcast."""
+    return (b_index - b_start).to(tl.uint32) < tl.maximum(b_end - b_start, 0).to(tl.uint32)
+
+
+@triton.jit
 def load_tile(base, o_row, stride, m_row, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
     """[rows, BD] of a matrix with `stride` elements between rows; what lies outside is 0."""
     o_d = tl.arange(0, BD)
@@ -109,15 +115,6 @@ def score_gradient(b_s, b_e, b_dp, b_delta, NORMALIZER: tl.constexpr):
     else:
         b_ds = b_e * (b_dp - b_delta)
     return b_ds
-
-
-@triton.jit
-def finite_lse(b_lse, NORMALIZER: tl.constexpr):
-    """The denominators as the backward reads them: softmax rows without a key have -inf, and must weigh 0, not inf."""
-    if NORMALIZER == "softpick":
-        return b_lse
-    else:
-        return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 
 
 @triton.jit

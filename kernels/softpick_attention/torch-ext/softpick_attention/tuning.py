@@ -43,7 +43,9 @@ def current_target(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Target("gfx9", properties.multi_processor_count)
-    return Target(nvidia_family(properties.major, properties.minor), properties.multi_processor_count, properties.major >= 8)
+    return Target(
+        nvidia_family(properties.major, properties.minor), properties.multi_processor_count, properties.major >= 8
+    )
 
 
 def nvidia_family(major: int, minor: int) -> str:
@@ -60,7 +62,12 @@ def nvidia_family(major: int, minor: int) -> str:
 # Kernel -> ((largest dimension, config), ...), by family and by bytes of an element.
 _TABLE: Dict[Any, Any] = {
     ("sm80", 2): {
-        "forward": ((32, Config(128, 64, 4, 3)), (64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 2)), (256, Config(64, 32, 4, 2))),
+        "forward": (
+            (32, Config(128, 64, 4, 3)),
+            (64, Config(128, 64, 4, 3)),
+            (128, Config(128, 64, 8, 2)),
+            (256, Config(64, 32, 4, 2)),
+        ),
         "decode": ((128, Config(16, 64, 4, 3)), (256, Config(16, 32, 4, 2))),
         "dq": ((64, Config(128, 64, 8, 2)), (128, Config(64, 64, 8, 2)), (256, Config(32, 32, 4, 1))),
         "dkv": ((64, Config(64, 128, 8, 2)), (128, Config(64, 64, 8, 2)), (256, Config(32, 32, 4, 1))),
