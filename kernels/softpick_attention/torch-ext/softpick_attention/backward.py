@@ -151,19 +151,15 @@ def dq_kernel(
     lo, hi, inner_lo, inner_hi = key_range(b_start, b_end, m_t)
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BN)
     b_dq = tl.zeros([BM, BD], tl.float32)
-    if LEFT:
-        b_dq = _dq_keys(
-            b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, full_lo, scale, sk_t, sv_t,
-            sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, True,
-        )  # fmt: skip
-    b_dq = _dq_keys(
-        b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, full_lo, full_hi, scale, sk_t, sv_t,
-        sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, False,
-    )  # fmt: skip
-    b_dq = _dq_keys(
-        b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, full_hi, hi, scale, sk_t, sv_t,
-        sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, True,
-    )  # fmt: skip
+    for i_phase in tl.static_range(3):
+        if LEFT or i_phase > 0:
+            b_dq = _dq_keys(
+                b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t,
+                lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
+                full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
+                scale, sk_t, sv_t, sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION,
+                i_phase != 1,
+            )  # fmt: skip
     o_d = tl.arange(0, BD)
     p_dq = dq + (((i_b * T + o_t) * H + i_h) * D)[:, None] + o_d[None, :]
     tl.store(p_dq, (b_dq * score_scale).to(dq.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
@@ -171,8 +167,8 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_queries(
-    b_k, b_v, b_dk, b_dv, q, grad, dq, lse, delta, floor, mask, start, end, m_n, o_n, lo, hi, T, S, H, offset, left, right,
-    scale, sq_t, sg_t, sm_t, sm_s,
+    b_k, b_v, b_dk, b_dv, q, grad, dq, lse, delta, floor, mask, start, end, m_n, o_n, lo, hi, T, S, H, offset, left,
+    right, scale, sq_t, sg_t, sm_t, sm_s,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, ADD_DQ: tl.constexpr, MASKED: tl.constexpr,
@@ -295,21 +291,15 @@ def dkv_kernel(
             p_dq += (i_b * T * H + i_h) * D
         if HAS_MASK:
             p_mask += i_b * sm_b + i_h * sm_h
-        b_dk, b_dv = _dkv_queries(
-            b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end, m_n, o_n,
-            lo, full_lo, T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s,
-            D, DV, BM, BD, BDV, NORMALIZER, ROWS, LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, True,
-        )  # fmt: skip
-        b_dk, b_dv = _dkv_queries(
-            b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end, m_n, o_n,
-            full_lo, full_hi, T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s,
-            D, DV, BM, BD, BDV, NORMALIZER, ROWS, LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, False,
-        )  # fmt: skip
-        b_dk, b_dv = _dkv_queries(
-            b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end, m_n, o_n,
-            full_hi, hi, T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s,
-            D, DV, BM, BD, BDV, NORMALIZER, ROWS, LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, True,
-        )  # fmt: skip
+        for i_phase in tl.static_range(3):
+            b_dk, b_dv = _dkv_queries(
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end,
+                m_n, o_n,
+                lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
+                full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
+                T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s, D, DV, BM, BD, BDV, NORMALIZER, ROWS,
+                LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, i_phase != 1,
+            )  # fmt: skip
     b_dk = b_dk * score_scale
     if HAS_KEYS:
         b_dk = tl.where(m_n[:, None], b_dk, 0.0)
@@ -362,44 +352,54 @@ def attention_backward(
     dv = torch.empty(B, S, heads_k, DV, dtype=v.dtype, device=v.device)
     if 0 in (q.numel(), k.numel(), v.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    flags, strides = problem.flags, problem.strides(g=grad)
+    strides = problem.strides(g=grad)
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     floor = torch.empty_like(delta) if normalizer == "softpick" else delta
-    dq_sum = torch.zeros(B, T, H, D, dtype=torch.float32, device=q.device) if fast else None
-    # Few key heads and short rows leave processors idle: then each query head has its own program and partial sums.
-    dkv = config or configuration("dkv_fast" if fast else "dkv", problem.target, q.dtype, problem.dim)
-    tiles = triton.cdiv(S, dkv.block_n)
-    each_head = H > heads_k and tiles * B * heads_k < 2 * problem.target.processors
+    dq_sum = torch.empty(B, T, H, D, dtype=torch.float32, device=q.device) if fast else None
+    shared = dict(
+        problem.rows, **problem.numbers, **strides, **problem.flags, q=problem.q, k=problem.k, v=problem.v, grad=grad,
+        lse=lse, delta=delta, scale=problem.scale, score_scale=scale,
+    )  # fmt: skip
     parts = (dk, dv)
-    if each_head:
-        parts = (
-            torch.empty(B, S, H, D, dtype=torch.float32, device=q.device),
-            torch.empty(B, S, H, DV, dtype=torch.float32, device=q.device),
-        )
+
+    def launch_dkv(config: Config) -> None:
+        nonlocal parts
+        tiles = triton.cdiv(S, config.block_n)
+        # Few key heads and short rows leave processors idle: then each query head has its own program.
+        each_head = H > heads_k and tiles * B * heads_k < 2 * problem.target.processors
+        if each_head:
+            wide = dict(dtype=torch.float32, device=q.device)
+            parts = torch.empty(B, S, H, D, **wide), torch.empty(B, S, H, DV, **wide)
+        bounds = _bounds(problem, tiles, config.block_n)
+        heads = B * (H if each_head else heads_k)
+        dkv_kernel[(tiles * heads,)](
+            **shared, floor=floor, bounds=bounds, dq=dq_sum, dk=parts[0], dv=parts[1], tiles=tiles, heads=heads,
+            sbound_b=tiles if bounds is not None and bounds.shape[0] > 1 else 0, ADD_DQ=fast, EACH_HEAD=each_head,
+            BM=config.block_m, BN=config.block_n, **config.launch(),
+        )  # fmt: skip
+
+    def launch_dq(config: Config) -> None:
+        tiles = triton.cdiv(T, config.block_m)
+        dq_kernel[(tiles * B * H,)](
+            **shared, dq=dq, tiles=tiles, heads=B * H, chunk_heads=problem.heads_at_once(B * H), BM=config.block_m,
+            BN=config.block_n, **config.launch(),
+        )  # fmt: skip
+
     with problem.device():
         delta_kernel[(triton.cdiv(T, 64), B * H)](
             out, grad, lse, delta, floor, T, H, strides["sg_b"], strides["sg_t"], strides["sg_h"],
-            UNIT=strides["UNIT"], DV=DV, BM=64, BDV=flags["BDV"], NORMALIZER=normalizer, num_warps=4,
+            UNIT=strides["UNIT"], DV=DV, BM=64, BDV=problem.flags["BDV"], NORMALIZER=normalizer, num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-        shared = dict(problem.rows, **problem.numbers, **strides, **flags, scale=problem.scale, score_scale=scale)
-        bounds = _bounds(problem, tiles, dkv.block_n)
-        heads = B * (H if each_head else heads_k)
-        dkv_kernel[(tiles * heads,)](
-            problem.q, problem.k, problem.v, grad, lse, delta, floor, bounds, dq_sum, *parts, **shared, tiles=tiles,
-            heads=heads, sbound_b=0 if bounds is None or bounds.shape[0] == 1 else tiles, ADD_DQ=fast,
-            EACH_HEAD=each_head, BM=dkv.block_m, BN=dkv.block_n, **dkv.launch(),
-        )  # fmt: skip
+        chosen = config or configuration("dkv_fast" if fast else "dkv", problem, launch_dkv)
+        if fast:
+            dq_sum.zero_()
+        launch_dkv(chosen)
         if deterministic:
-            cfg = config or configuration("dq", problem.target, q.dtype, problem.dim)
-            tiles = triton.cdiv(T, cfg.block_m)
-            dq_kernel[(tiles * B * H,)](
-                problem.q, problem.k, problem.v, grad, lse, delta, dq, **shared, tiles=tiles, heads=B * H,
-                chunk_heads=problem.heads_at_once(B * H), BM=cfg.block_m, BN=cfg.block_n, **cfg.launch(),
-            )  # fmt: skip
+            launch_dq(config or configuration("dq", problem, launch_dq))
     if fast:
         torch.mul(dq_sum, scale, out=dq)
-    if each_head:
+    if parts[0] is not dk:
         for total, part in zip((dk, dv), parts):
             torch.sum(part.unflatten(2, (heads_k, H // heads_k)), 3, out=total)
     return dq, dk, dv

@@ -147,19 +147,15 @@ def forward_kernel(
     b_o = tl.zeros([BM, BDV], tl.float32)
     sk_t = sk_t.to(tl.int64) * UNIT
     sv_t = sv_t.to(tl.int64) * UNIT
-    if LEFT:
-        b_o, b_l, b_m = _attend(
-            b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, full_lo, scale, sk_t, sv_t, sm_t, sm_s,
-            D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, True, False,
-        )  # fmt: skip
-    b_o, b_l, b_m = _attend(
-        b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, full_lo, full_hi, scale, sk_t, sv_t, sm_t, sm_s,
-        D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, False, False,
-    )  # fmt: skip
-    b_o, b_l, b_m = _attend(
-        b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, full_hi, hi, scale, sk_t, sv_t, sm_t, sm_s,
-        D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, True, False,
-    )  # fmt: skip
+    for i_phase in tl.static_range(3):
+        if LEFT or i_phase > 0:
+            b_o, b_l, b_m = _attend(
+                b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t,
+                lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
+                full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
+                scale, sk_t, sv_t, sm_t, sm_s, D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE,
+                PRECISION, RELU, i_phase != 1, False,
+            )  # fmt: skip
     # NaN in a finite row came from a value; once more, in narrow tiles that need
     # few registers, so that it reaches no query that does not see it.
     if tl.max(tl.max(((b_o != b_o) & (b_l == b_l)[:, None]).to(tl.int32), 1), 0) > 0:
@@ -266,27 +262,33 @@ def attention_forward(
         return out, lse
     pack = G > 1 and T * G <= 64 and problem.same_mask_in_all_heads
     rows = T * G if pack else T
-    config = config or configuration("decode" if rows <= 16 else "forward", problem.target, q.dtype, problem.dim)
-    tiles = triton.cdiv(rows, config.block_m)
     heads = B * H // G if pack else B * H
-    splits = num_splits or decode_splits(problem.target, T, k.shape[1], tiles * heads, config.block_n)
-    flags = dict(problem.flags, PACK=pack, SPLIT=splits > 0, BM=config.block_m, BN=config.block_n)
-    sums = (out, lse, None)
-    if splits > 0:
-        sums = (
-            torch.empty(splits, B, T, H, DV, dtype=torch.float32, device=q.device),
-            torch.empty(splits, B, H, T, dtype=torch.float32, device=q.device),
-            torch.empty(splits, B, H, T, dtype=torch.float32, device=q.device),
-        )
-    with problem.device():
+    splits, parts = 0, (out, lse, None)
+    kind = "decode" if rows <= 16 else "forward"
+
+    def launch(config: Config) -> None:
+        nonlocal splits, parts
+        tiles = triton.cdiv(rows, config.block_m)
+        splits = num_splits or decode_splits(problem.target, T, k.shape[1], tiles * heads, config.block_n)
+        if splits > 0:
+            empty = dict(dtype=torch.float32, device=q.device)
+            parts = (
+                torch.empty(splits, B, T, H, DV, **empty),
+                torch.empty(splits, B, H, T, **empty),
+                torch.empty(splits, B, H, T, **empty),
+            )
         forward_kernel[(tiles * heads, max(splits, 1))](
-            problem.q, problem.k, problem.v, *sums, **problem.rows, **problem.numbers, **problem.strides(),
+            problem.q, problem.k, problem.v, *parts, **problem.rows, **problem.numbers, **problem.strides(),
             scale=problem.scale, tiles=tiles, heads=heads, chunk_heads=problem.heads_at_once(heads),
-            splits=max(splits, 1), **flags, **config.launch(),
+            splits=max(splits, 1), **problem.flags, PACK=pack, SPLIT=splits > 0, BM=config.block_m, BN=config.block_n,
+            **config.launch(),
         )  # fmt: skip
+
+    with problem.device():
+        launch(config or configuration(kind, problem, launch))
         if splits > 0:
             combine_kernel[(B * H * T,)](
-                *sums, out, lse, B, T, H, splits,
-                DV=DV, BDV=flags["BDV"], BS=16, NORMALIZER=normalizer, num_warps=4, enable_fp_fusion=True,
+                *parts, out, lse, B, T, H, splits, DV=DV, BDV=problem.flags["BDV"], BS=16, NORMALIZER=normalizer,
+                num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return out, lse

@@ -101,7 +101,8 @@ class Problem(NamedTuple):
         check_visible(visible, q, k)
         if not math.isfinite(scale):
             raise ValueError(f"scale is {scale}, expected a finite number, usually head_dim ** -0.5")
-        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        # The kernels ask for the sign of q.k, and a score of 0 has none.
+        q, k, v = dense_rows(q if scale else q * 0), dense_rows(k), dense_rows(v)
         target = current_target(q.device)
         given = visible.start is not None
         left, right = visible.window[0], 0 if visible.causal else visible.window[1]
@@ -125,7 +126,7 @@ class Problem(NamedTuple):
             G=q.shape[2] // k.shape[2], D=q.shape[3], DV=v.shape[3], BD=tile_dim(q.shape[3]), BDV=tile_dim(v.shape[3]),
             NORMALIZER=normalizer, ROWS="given" if given else "band" if banded else "all",
             LEFT=given or left >= 0, HAS_KEYS=visible.keys is not None, HAS_MASK=visible.mask is not None,
-            NEGATE=scale < 0, PRECISION=_precision(q), RELU=target.relu_conversion,
+            NEGATE=scale < 0, PRECISION=_precision(q, target), RELU=target.relu_conversion,
         )  # fmt: skip
         same_mask = rows["mask"] is None or rows["sm_h"] == 0 or q.shape[2] == 1
         # A scale of 0 must still hide -inf scores: 0 times -inf is NaN.
@@ -156,6 +157,9 @@ class Problem(NamedTuple):
         return torch.get_device_module(self.q.device).device(self.q.device)
 
 
-def _precision(q: Tensor) -> str:
-    """How float32 products are computed: TensorFloat-32 where torch itself is allowed to use it."""
-    return "tf32" if q.is_cuda and q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def _precision(q: Tensor, target: Target) -> str:
+    """How float32 products are computed: with TensorFloat-32 where torch itself may, else as exactly as float32."""
+    if q.dtype != torch.float32 or not target.family.startswith("sm"):
+        return "ieee"
+    # Three products on tensor cores keep float32's accuracy; the scalar units would spill and crawl.
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -119,8 +119,11 @@ def score_gradient(b_s, b_e, b_dp, b_delta, NORMALIZER: tl.constexpr):
 
 @triton.jit
 def longest_first(tiles, heads, chunk_heads):
-    """Head and tile of a program. The last tiles, which see most keys, come first in all heads, so that no processor is
-    left with a long one; `chunk_heads` heads at a time share the level-2 cache."""
+    """Head and tile of a program.
+
+    The last tiles, which see most keys, come first in all heads, so that no processor is left with a long one;
+    `chunk_heads` heads at a time share the level-2 cache.
+    """
     pid = tl.program_id(0)
     first = pid // (chunk_heads * tiles) * chunk_heads
     width = tl.minimum(heads - first, chunk_heads)
