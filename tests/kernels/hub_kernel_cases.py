@@ -207,6 +207,16 @@ def test_what_no_mask_means(llama, queries, window):
         close(attention(queries, sliding_window=window, **documents)[0], expected)
 
 
+def test_under_torch_compile(llama):
+    """One break in the graph, no error and no other result."""
+    expected = attention()[0]
+    (loaded,) = kernels.get_loaded_kernels()
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    step = torch.compile(lambda: loaded.module.flash_attn_forward(llama[0], q, k, k, None)[0] * 2, backend="eager")
+    close(step(), expected * 2)
+
+
 class Encoder(nn.Module):
     is_causal = False
 

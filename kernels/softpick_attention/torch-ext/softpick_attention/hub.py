@@ -28,6 +28,8 @@ _UNSUPPORTED = {
 _FOREIGN_BOUNDARIES = ("cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seq_idx")
 
 
+# Without an operator, tracing would go on into the launch of the kernels: one clean break instead.
+@torch.compiler.disable
 def flash_attn_forward(
     module: nn.Module,
     query: Tensor,
