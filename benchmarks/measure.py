@@ -53,7 +53,11 @@ def environment() -> dict[str, object]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
@@ -64,7 +68,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": packages,
         "load": round(os.getloadavg()[0], 2),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
 
