@@ -34,26 +34,27 @@ def _attend(
     b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Add the keys lo <= j < hi to the sums of a tile of queries.
 
     MASKED: some query of the tile may not see some of these keys. EXACT: a NaN in a value reaches only the queries
     that see it; without it, every query of the tile, because 0 * NaN is NaN in the product with the values.
     """
+    o_tile = tl.arange(0, BN)
     for n0 in tl.range(lo, hi, BN):
-        o_n = n0 + tl.arange(0, BN)
+        o_n = n0 + o_tile
         m_n = o_n < hi
         if HAS_KEYS:
             m_n = m_n & (tl.load(keys + o_n, mask=m_n, other=0) != 0)
-        b_k = load_tile(k, o_n, sk_t, m_n, D, BD, MASKED or HAS_KEYS)
+        b_k = load_tile(k, n0, o_tile, sk_t, m_n, D, BD, MASKED or HAS_KEYS, WIDE)
         # [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if NEGATE:
             b_s = -b_s
         if NORMALIZER == "rectified_softmax":
             b_s = tl.where(b_s < 0, float("-inf"), b_s)
-        b_v = load_tile(v, o_n, sv_t, m_n, DV, BDV, MASKED or HAS_KEYS)
+        b_v = load_tile(v, n0, o_tile, sv_t, m_n, DV, BDV, MASKED or HAS_KEYS, WIDE)
         if EXACT:
             b_bad = (b_v != b_v) | (tl.abs(b_v) == float("inf"))
             b_v = tl.where(b_bad, 0.0, b_v)
@@ -90,7 +91,7 @@ def forward_kernel(
     UNIT: tl.constexpr, G: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
-    NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr,
+    NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Output and log2 denominator of BM queries of one head; PACK: of BM / G queries of the G heads of a key head.
 
@@ -120,7 +121,8 @@ def forward_kernel(
         p_q = q + (o_t.to(tl.int64) * sq_t + o_h * sq_h)[:, None] * UNIT + o_d[None, :]
         b_q = tl.load(p_q, mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
     else:
-        b_q = load_tile(q + (i_bh % H).to(tl.int64) * sq_h * UNIT, o_t, sq_t.to(tl.int64) * UNIT, m_t, D, BD, True)
+        p_q = q + (i_bh % H).to(tl.int64) * sq_h * UNIT
+        b_q = load_tile(p_q, i_m * BM, tl.arange(0, BM), sq_t * UNIT, m_t, D, BD, True, WIDE)
     if HAS_KEYS:
         keys += i_b * skey_b
     if HAS_MASK:
@@ -145,16 +147,17 @@ def forward_kernel(
         b_m += LOWEST
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BDV], tl.float32)
-    sk_t = sk_t.to(tl.int64) * UNIT
-    sv_t = sv_t.to(tl.int64) * UNIT
+    sk_t = sk_t * UNIT
+    sv_t = sv_t * UNIT
+    # Where a mask is needed tiles are half as wide, for the sake of registers.
     for i_phase in tl.static_range(3):
         if LEFT or i_phase > 0:
             b_o, b_l, b_m = _attend(
                 b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t,
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
-                scale, sk_t, sv_t, sm_t, sm_s, D, DV, BM, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE,
-                PRECISION, RELU, i_phase != 1, False,
+                scale, sk_t, sv_t, sm_t, sm_s, D, DV, BM, BN if i_phase == 1 else max(BN // 2, 16), BD, BDV,
+                NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, WIDE, i_phase != 1, False,
             )  # fmt: skip
     # NaN in a finite row came from a value; once more, in narrow tiles that need
     # few registers, so that it reaches no query that does not see it.
@@ -165,7 +168,8 @@ def forward_kernel(
         b_o, b_l, b_m = _attend(
             b_q, tl.zeros([BM, BDV], tl.float32), tl.zeros([BM], tl.float32), b_m,
             k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
-            D, DV, BM, 16, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, True, True,
+            D, DV, BM, 16, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, WIDE,
+            True, True,
         )  # fmt: skip
 
     o_d = tl.arange(0, BDV)

@@ -16,6 +16,8 @@ from .visibility import Visible, check_visible
 INTERPRET = bool(knobs.runtime.interpret)
 NORMALIZERS = ("softpick", "softmax", "rectified_softmax")
 MAX_HEAD_DIM = 256
+# No tile has more rows.
+MAX_BLOCK = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = 1.0 / math.log(2.0)
 # Keys and values of the heads that run side by side should fit the level-2 cache: half of the 50 MB of Hopper.
@@ -139,11 +141,13 @@ class Problem(NamedTuple):
         return max(self.flags["BD"], self.flags["BDV"])
 
     def strides(self, **more: Tensor) -> Dict[str, int]:
-        """Strides of q, k, v and `more` in units of UNIT elements, which tells the compiler how they are aligned."""
+        """Strides of q, k, v and `more` in units of UNIT elements, which tells the compiler how they are aligned; and
+        whether rows are so far apart that a tile needs 64-bit offsets."""
         named = dict(q=self.q, k=self.k, v=self.v, **more)
         all_strides = {f"s{name}_{axis}": s for name, x in named.items() for axis, s in zip("bth", row_strides(x))}
         unit = next(unit for unit in (16, 8, 1) if all(stride % unit == 0 for stride in all_strides.values()))
-        return dict({name: stride // unit for name, stride in all_strides.items()}, UNIT=unit)
+        wide = max(all_strides[name] for name in all_strides if name.endswith("_t")) * MAX_BLOCK >= 2**31
+        return dict({name: stride // unit for name, stride in all_strides.items()}, UNIT=unit, WIDE=wide)
 
     def heads_at_once(self, heads: int) -> int:
         """How many of `heads` programs a row should share the cache."""
@@ -161,5 +165,5 @@ def _precision(q: Tensor, target: Target) -> str:
     """How float32 products are computed: with TensorFloat-32 where torch itself may, else as exactly as float32."""
     if q.dtype != torch.float32 or not target.family.startswith("sm"):
         return "ieee"
-    # Three products on tensor cores keep float32's accuracy; the scalar units would spill and crawl.
+    # Three products on tensor cores keep float32's accuracy and are faster than the scalar units.
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -64,10 +64,18 @@ def inside(b_index, b_start, b_end):
 
 
 @triton.jit
-def load_tile(base, o_row, stride, m_row, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, BD] of a matrix with `stride` elements between rows; what lies outside is 0."""
+def load_tile(
+    base, row, o_row, stride, m_row, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr
+):
+    """[rows, BD] of a matrix from `row` on, with `stride` elements between rows; what lies outside is 0.
+
+    Only the start is a 64-bit number: offsets inside the tile take half the registers in 32. WIDE: they do not fit.
+    """
     o_d = tl.arange(0, BD)
-    p_tile = base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if WIDE:
+        p_tile = base + ((row + o_row).to(tl.int64) * stride)[:, None] + o_d[None, :]
+    else:
+        p_tile = base + tl.cast(row, tl.int64) * stride + ((o_row * tl.cast(stride, tl.int32))[:, None] + o_d[None, :])
     if MASKED:
         if D == BD:
             b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
