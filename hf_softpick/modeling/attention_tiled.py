@@ -5,7 +5,6 @@ Scores are kept in log2 units (exp2 is the fast exponential). Both passes are op
 neither unrolls the loops nor materialises a mask.
 """
 
-import hashlib
 import math
 from typing import Optional
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention_blocks import Block, Layout
+from .attention_inputs import OPERATORS, check_inputs, explicit_mask
 from .attention_masks import VisibleKeys
 from .normalizers import SOFTPICK_EPS, base_normalizer
 
@@ -45,54 +45,12 @@ def tiled_attention(
         ValueError: shapes do not fit, the mask is not boolean, or the normalizer is unknown.
     """
     kind = base_normalizer(normalizer)
-    _check_shapes(query, key, value)
-    _check_visible(visible, query, key)
+    check_inputs(query, key, value, visible)
     if isinstance(visible, VisibleKeys):
         return _forward(query, key, value, visible.start, visible.end, visible.keys, None, scale, kind)[0]
-    length = query.shape[2]
-    mask = visible[(None,) * (4 - visible.ndim)].expand(-1, -1, length, key.shape[2])
-    start = torch.zeros(1, length, dtype=torch.int64, device=query.device)
+    mask = explicit_mask(visible, query, key)
+    start = torch.zeros(1, query.shape[2], dtype=torch.int64, device=query.device)
     return _forward(query, key, value, start, start + key.shape[2], None, mask, scale, kind)[0]
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    fits = (
-        query.ndim == key.ndim == value.ndim == 4
-        and key.shape[:3] == value.shape[:3]
-        and query.shape[0] == key.shape[0]
-        and query.shape[3] == key.shape[3]
-        and key.shape[1] > 0
-        and query.shape[1] % key.shape[1] == 0
-    )
-    if not fits:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: expected "
-            "[B, H, T, D], [B, Hkv, S, D] and [B, Hkv, S, Dv] with H a multiple of Hkv"
-        )
-    if not all(x.is_floating_point() for x in (query, key, value)):
-        raise ValueError(
-            f"query, key and value have dtypes {query.dtype}, {key.dtype}, {value.dtype}, expected floats"
-        )
-
-
-def _check_visible(visible: VisibleKeys | Tensor, query: Tensor, key: Tensor) -> None:
-    batch, heads, length, _ = query.shape
-    if isinstance(visible, VisibleKeys):
-        intervals, keys = tuple(visible.start.shape), visible.keys
-        fits = intervals == tuple(visible.end.shape) and intervals in ((1, length), (batch, length))
-        if not fits or (keys is not None and tuple(keys.shape) != (batch, key.shape[2])):
-            given = {name: tuple(x.shape) for name, x in visible._asdict().items() if x is not None}
-            raise ValueError(
-                f"the visible keys {given} do not fit {batch} rows of {length} queries and {key.shape[2]} keys: "
-                "expected start and end [B or 1, T], keys [B, S]"
-            )
-        return
-    if visible.dtype != torch.bool:
-        raise ValueError(f"the mask has dtype {visible.dtype}, expected torch.bool with True = visible")
-    wanted = (batch, heads, length, key.shape[2])
-    shape = (1,) * (4 - visible.ndim) + tuple(visible.shape)
-    if len(shape) != 4 or any(size not in (1, full) for size, full in zip(shape, wanted, strict=True)):
-        raise ValueError(f"the mask has shape {tuple(visible.shape)}, expected one that broadcasts to {wanted}")
 
 
 def _scores(layout: Layout, query: Tensor, block: Block, kind: str, out: Tensor) -> Tensor:
@@ -123,12 +81,7 @@ def _softpick_p(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
     return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
 
 
-# Differs for every copy of this file, so that the operators of Hub code never replace the package's. Hashed, because
-# the module of Hub code is named after its folder, with any character in it.
-_NAMESPACE = "softpick_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::tiled_forward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::tiled_forward", mutates_args=())
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -182,7 +135,7 @@ def _(query, key, value, start, end, keys, mask, scale, kind):
     return out, query.new_empty(batch, heads, length, dtype=dtype)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::tiled_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::tiled_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     query: Tensor,
