@@ -262,10 +262,11 @@ def dkv_kernel(
     m_n = o_n < S
     p_k = k + (i_b * sk_b + i_hk * sk_h) * UNIT
     p_v = v + (i_b * sv_b + i_hk * sv_h) * UNIT
-    b_k = load_tile(p_k, n0, tl.arange(0, BN), sk_t * UNIT, m_n, D, BD, True, WIDE)
-    b_v = load_tile(p_v, n0, tl.arange(0, BN), sv_t * UNIT, m_n, DV, BDV, True, WIDE)
+    # Padded keys may hold anything, and 0 * NaN would reach dq.
     if HAS_KEYS:
         m_n = m_n & (tl.load(keys + i_b * skey_b + o_n, mask=m_n, other=0) != 0)
+    b_k = load_tile(p_k, n0, tl.arange(0, BN), sk_t * UNIT, m_n, D, BD, True, WIDE)
+    b_v = load_tile(p_v, n0, tl.arange(0, BN), sv_t * UNIT, m_n, DV, BDV, True, WIDE)
     if ROWS == "given":
         start += i_b * srow_b
         end += i_b * srow_b
