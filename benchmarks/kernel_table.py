@@ -89,10 +89,10 @@ def source_of(row: Row) -> ASTSource:
     family, kernel, dtype, dim, normalizer, masks = row
     function, config = KERNELS[kernel], row.config()
     constants = dict(
-        UNIT=16, WIDE=False, G=4 if kernel == "decode" else 1, D=dim, DV=dim, BD=dim, BDV=dim, NORMALIZER=normalizer,
+        UNIT=16, G=4 if kernel == "decode" else 1, D=dim, DV=dim, BD=dim, BDV=dim, NORMALIZER=normalizer,
         ROWS="given", LEFT=True, HAS_KEYS=masks, HAS_MASK=masks, NEGATE=False, RELU=family != "gfx9",
         BM=config.block_m, BN=config.block_n, PACK=kernel == "decode", SPLIT=kernel == "decode",
-        ADD_DQ=kernel == "dkv_fast", EACH_HEAD=False,
+        WIDE=False, ADD_DQ=kernel == "dkv_fast", EACH_HEAD=False,
     )  # fmt: skip
     exact = dtype != "fp32" or family == "gfx9" or (dim > 128 and kernel.startswith("d") and kernel != "decode")
     constants["PRECISION"] = "ieee" if exact else "tf32x3"

@@ -35,7 +35,7 @@ _INTEGERS = [
 @triton.jit(do_not_specialize=["T", "H", "sg_b", "sg_t", "sg_h"])
 def delta_kernel(
     out, grad, lse, delta, floor, T, H, sg_b, sg_t, sg_h, UNIT: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BDV: tl.constexpr, NORMALIZER: tl.constexpr, WIDE: tl.constexpr,
+    BDV: tl.constexpr, NORMALIZER: tl.constexpr,
 ):  # fmt: skip
     """delta = <o, do> and floor = 2^-L of BM queries of a head; both [B, H, T] float32."""
     i_bh = tl.program_id(1).to(tl.int64)
@@ -45,8 +45,8 @@ def delta_kernel(
     t0 = tl.program_id(0) * BM
     p_o = out + (i_b * T * H + i_h) * DV
     p_g = grad + (i_b * sg_b + i_h * sg_h) * UNIT
-    b_o = load_tile(p_o, t0, tl.arange(0, BM), H * DV, m_t, DV, BDV, True, WIDE)
-    b_do = load_tile(p_g, t0, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, WIDE)
+    b_o = load_tile(p_o, t0, tl.arange(0, BM), H * DV, m_t, DV, BDV, True, True)
+    b_do = load_tile(p_g, t0, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, True)
     tl.store(delta + i_bh * T + o_t, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1), mask=m_t)
     if NORMALIZER == "softpick":
         b_lse = tl.load(lse + i_bh * T + o_t, mask=m_t, other=0.0)
@@ -85,7 +85,7 @@ def _dq_keys(
     b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys lo <= j < hi to the gradient of a tile of queries."""
     o_tile = tl.arange(0, BN)
@@ -94,8 +94,8 @@ def _dq_keys(
         m_n = o_n < hi
         if HAS_KEYS:
             m_n = m_n & (tl.load(keys + o_n, mask=m_n, other=0) != 0)
-        b_k = load_tile(k, n0, o_tile, sk_t, m_n, D, BD, MASKED or HAS_KEYS, WIDE)
-        b_v = load_tile(v, n0, o_tile, sv_t, m_n, DV, BDV, MASKED or HAS_KEYS, WIDE)
+        b_k = load_tile(k, n0, o_tile, sk_t, m_n, D, BD, MASKED or HAS_KEYS, True)
+        b_v = load_tile(v, n0, o_tile, sv_t, m_n, DV, BDV, MASKED or HAS_KEYS, True)
         # [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if NEGATE:
@@ -123,7 +123,7 @@ def dq_kernel(
     UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
-    RELU: tl.constexpr, WIDE: tl.constexpr,
+    RELU: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BM queries of one head; `score_scale` is the caller's scale, sign included."""
     i_bh, i_m = longest_first(tiles, heads, chunk_heads)
@@ -145,8 +145,8 @@ def dq_kernel(
         end += i_b * srow_b
     o_t = i_m * BM + tl.arange(0, BM)
     m_t = o_t < T
-    b_q = load_tile(q, i_m * BM, tl.arange(0, BM), sq_t * UNIT, m_t, D, BD, True, WIDE)
-    b_do = load_tile(grad, i_m * BM, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, WIDE)
+    b_q = load_tile(q, i_m * BM, tl.arange(0, BM), sq_t * UNIT, m_t, D, BD, True, True)
+    b_do = load_tile(grad, i_m * BM, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, True)
     p_row = (i_b * H + i_h) * T + o_t
     b_lse = tl.load(lse + p_row, mask=m_t, other=0.0)
     b_delta = tl.load(delta + p_row, mask=m_t, other=0.0)
@@ -162,7 +162,7 @@ def dq_kernel(
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
                 scale, sk_t, sv_t, sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION,
-                WIDE, i_phase != 1,
+                i_phase != 1,
             )  # fmt: skip
     o_d = tl.arange(0, BD)
     p_dq = dq + (((i_b * T + o_t) * H + i_h) * D)[:, None] + o_d[None, :]
@@ -175,7 +175,7 @@ def _dkv_queries(
     right, scale, sq_t, sg_t, sm_t, sm_s,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
-    NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, ADD_DQ: tl.constexpr,
+    NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, ADD_DQ: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the queries lo <= t < hi of one head to the gradients of a tile of keys, and with ADD_DQ their own."""
@@ -183,8 +183,8 @@ def _dkv_queries(
     for t0 in tl.range(lo, hi, BM):
         o_t = t0 + o_tile
         m_t = o_t < hi
-        b_q = load_tile(q, t0, o_tile, sq_t, m_t, D, BD, MASKED, WIDE)
-        b_do = load_tile(grad, t0, o_tile, sg_t, m_t, DV, BDV, MASKED, WIDE)
+        b_q = load_tile(q, t0, o_tile, sq_t, m_t, D, BD, MASKED, True)
+        b_do = load_tile(grad, t0, o_tile, sg_t, m_t, DV, BDV, MASKED, True)
         if MASKED:
             b_lse = tl.load(lse + o_t, mask=m_t, other=0.0)
             b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)
@@ -237,7 +237,7 @@ def dkv_kernel(
     UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
-    RELU: tl.constexpr, WIDE: tl.constexpr, ADD_DQ: tl.constexpr, EACH_HEAD: tl.constexpr,
+    RELU: tl.constexpr, ADD_DQ: tl.constexpr, EACH_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys and values of one key head over its G query heads.
 
@@ -265,8 +265,8 @@ def dkv_kernel(
     # Padded keys may hold anything, and 0 * NaN would reach dq.
     if HAS_KEYS:
         m_n = m_n & (tl.load(keys + i_b * skey_b + o_n, mask=m_n, other=0) != 0)
-    b_k = load_tile(p_k, n0, tl.arange(0, BN), sk_t * UNIT, m_n, D, BD, True, WIDE)
-    b_v = load_tile(p_v, n0, tl.arange(0, BN), sv_t * UNIT, m_n, DV, BDV, True, WIDE)
+    b_k = load_tile(p_k, n0, tl.arange(0, BN), sk_t * UNIT, m_n, D, BD, True, True)
+    b_v = load_tile(p_v, n0, tl.arange(0, BN), sv_t * UNIT, m_n, DV, BDV, True, True)
     if ROWS == "given":
         start += i_b * srow_b
         end += i_b * srow_b
@@ -307,7 +307,7 @@ def dkv_kernel(
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
                 T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s, D, DV, BM, BD, BDV, NORMALIZER, ROWS,
-                LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, WIDE, ADD_DQ, i_phase != 1,
+                LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, i_phase != 1,
             )  # fmt: skip
     b_dk = b_dk * score_scale
     if HAS_KEYS:
@@ -399,7 +399,7 @@ def attention_backward(
     with problem.device():
         delta_kernel[(triton.cdiv(T, 64), B * H)](
             out, grad, lse, delta, floor, T, H, strides["sg_b"], strides["sg_t"], strides["sg_h"],
-            UNIT=strides["UNIT"], DV=DV, BM=64, BDV=problem.flags["BDV"], NORMALIZER=normalizer, WIDE=strides["WIDE"],
+            UNIT=strides["UNIT"], DV=DV, BM=64, BDV=problem.flags["BDV"], NORMALIZER=normalizer,
             num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip

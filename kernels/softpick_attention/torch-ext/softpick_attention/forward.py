@@ -284,7 +284,8 @@ def attention_forward(
         forward_kernel[(tiles * heads, max(splits, 1))](
             problem.q, problem.k, problem.v, *parts, **problem.rows, **problem.numbers, **problem.strides(),
             scale=problem.scale, tiles=tiles, heads=heads, chunk_heads=problem.heads_at_once(heads),
-            splits=max(splits, 1), **problem.flags, PACK=pack, SPLIT=splits > 0, BM=config.block_m, BN=config.block_n,
+            splits=max(splits, 1), **problem.flags, WIDE=problem.wide, PACK=pack, SPLIT=splits > 0,
+            BM=config.block_m, BN=config.block_n,
             **config.launch(),
         )  # fmt: skip
 

@@ -141,13 +141,16 @@ class Problem(NamedTuple):
         return max(self.flags["BD"], self.flags["BDV"])
 
     def strides(self, **more: Tensor) -> Dict[str, int]:
-        """Strides of q, k, v and `more` in units of UNIT elements, which tells the compiler how they are aligned; and
-        whether rows are so far apart that a tile needs 64-bit offsets."""
+        """Strides of q, k, v and `more` in units of UNIT elements, which tells the compiler how they are aligned."""
         named = dict(q=self.q, k=self.k, v=self.v, **more)
         all_strides = {f"s{name}_{axis}": s for name, x in named.items() for axis, s in zip("bth", row_strides(x))}
         unit = next(unit for unit in (16, 8, 1) if all(stride % unit == 0 for stride in all_strides.values()))
-        wide = max(all_strides[name] for name in all_strides if name.endswith("_t")) * MAX_BLOCK >= 2**31
-        return dict({name: stride // unit for name, stride in all_strides.items()}, UNIT=unit, WIDE=wide)
+        return dict({name: stride // unit for name, stride in all_strides.items()}, UNIT=unit)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the rows of a tile are too far apart for 32-bit offsets."""
+        return max(x.stride(1) for x in (self.q, self.k, self.v)) * MAX_BLOCK >= 2**31
 
     def heads_at_once(self, heads: int) -> int:
         """How many of `heads` programs a row should share the cache."""

@@ -69,7 +69,7 @@ def load_tile(
 ):
     """[rows, BD] of a matrix from `row` on, with `stride` elements between rows; what lies outside is 0.
 
-    Only the start is a 64-bit number: offsets inside the tile take half the registers in 32. WIDE: they do not fit.
+    WIDE: 64-bit offsets in the tile, not only for its start. Fewer instructions without; the backward spills then.
     """
     o_d = tl.arange(0, BD)
     if WIDE:
