@@ -144,7 +144,9 @@ class Problem(NamedTuple):
         """Strides of q, k, v and `more` in units of UNIT elements, which tells the compiler how they are aligned."""
         named = dict(q=self.q, k=self.k, v=self.v, **more)
         all_strides = {f"s{name}_{axis}": s for name, x in named.items() for axis, s in zip("bth", row_strides(x))}
-        unit = next(unit for unit in (16, 8, 1) if all(stride % unit == 0 for stride in all_strides.values()))
+        # The stride of a token is multiplied by UNIT in its own type; one that needs 64 bits must arrive whole.
+        units = (16, 8, 1) if max(s for name, s in all_strides.items() if name.endswith("_t")) < 2**31 else (1,)
+        unit = next(unit for unit in units if all(stride % unit == 0 for stride in all_strides.values()))
         return dict({name: stride // unit for name, stride in all_strides.items()}, UNIT=unit)
 
     @property
