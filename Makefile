@@ -40,8 +40,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # One thread in each worker: more would fight over the cores.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15
+
+# Triton's interpreter is chosen for a whole process, so the tests of the kernels on CPU get processes of their own.
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15 $(ARGS)
+	$(PYTEST) $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
+endif
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

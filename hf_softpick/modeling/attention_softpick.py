@@ -15,11 +15,12 @@ from transformers.utils import logging
 from .attention_dense import dense_attention
 from .attention_masks import VisibleKeys, document_starts, visible_keys
 from .attention_tiled import tiled_attention
+from .attention_triton import TRITON, refusal, triton_attention
 from .normalizers import NORMALIZERS
 
 logger = logging.get_logger(__name__)
 
-IMPLEMENTATIONS = ("auto", "eager", "tiled")
+IMPLEMENTATIONS = ("auto", "eager", "tiled", *TRITON)
 # Arguments of other models' attention that change the scores or the keys, and that these functions do not compute.
 _UNSUPPORTED = {
     "softcap": "softcap (tanh on the scores)",
@@ -56,8 +57,6 @@ def run_attention(
             f"attention with normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}. "
             f"Use one of {', '.join(IMPLEMENTATIONS)}."
         )
-    if implementation == "auto":
-        implementation = resolve_auto(query.device.type)
     if implementation == "eager" or output_attentions:
         return dense_attention(query, key, value, visible, scale, normalizer, dropout)
     if dropout > 0:
@@ -65,24 +64,34 @@ def run_attention(
             f"attn_implementation={implementation!r} has no attention dropout, got attention_dropout={dropout}. "
             "Set attention_dropout to 0 or use attn_implementation='eager'."
         )
-    return tiled_attention(query, key, value, visible, scale, normalizer), None
+    if implementation == "auto":
+        head_dim = max(query.shape[-1], value.shape[-1])
+        implementation = resolve_auto(query.device, value.dtype, head_dim)
+    if implementation == "tiled":
+        return tiled_attention(query, key, value, visible, scale, normalizer), None
+    deterministic = implementation == "triton"
+    return triton_attention(query, key, value, visible, scale, normalizer, deterministic), None
 
 
-def resolve_auto(device_type: str) -> str:
-    """What "auto" means on a device ("cpu", "cuda", ...); logged once a process."""
+def resolve_auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What "auto" means for values of `dtype` on `device`: "triton" on GPUs where it can run, else "tiled".
+
+    Chosen once and for all by these facts, so that torch.compile can trace it; another choice than the kernels is
+    logged once a process.
+    """
+    if device.type in ("cpu", "meta"):  # also where Triton's interpreter would run them: it is for tests
+        return "tiled"
+    reason = refusal(head_dim, device, dtype)
+    if reason is None:
+        return "triton"
     if not torch.compiler.is_compiling():
-        _log_choice(device_type)
+        _log_choice(reason)
     return "tiled"
 
 
 @cache
-def _log_choice(device_type: str) -> None:
-    if device_type == "cpu":
-        logger.info("attn_implementation='auto' runs 'tiled' on cpu")
-    else:
-        logger.warning(
-            "attn_implementation='auto' runs 'tiled' on %s: right, but slow beside a fused kernel", device_type
-        )
+def _log_choice(reason: str) -> None:
+    logger.warning("attn_implementation='auto' runs 'tiled', which is right, but slow beside the kernels: %s", reason)
 
 
 def check_mask(mask: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_masks import VisibleKeys, check_boundaries, check_padding, document_starts, visible_keys
 from .attention_softpick import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
+from .attention_triton import TRITON, refuse
 from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS
 
@@ -36,9 +37,11 @@ INITIAL_HEAD_SCALE = 0.3
 _CODE_FILES = (
     "attention_blocks.py",
     "attention_dense.py",
+    "attention_inputs.py",
     "attention_masks.py",
     "attention_softpick.py",
     "attention_tiled.py",
+    "attention_triton.py",
     "configuration_softpick.py",
     "modeling_softpick.py",
     "normalizers.py",
@@ -148,11 +151,13 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
         """The implementation of ours that is meant, None for one of transformers' own that computes softmax.
 
         Raises:
-            ValueError: the name belongs to another normalizer than the model's.
+            ValueError: the name belongs to another normalizer than the model's, or the kernels cannot run this model.
         """
         normalizer = self.config.normalizer
         if name is None or name == normalizer:  # a saved config names its normalizer
             return "auto"
+        if name in TRITON:
+            refuse(name, self.config.head_dim)  # the device is not known before the model is moved to it
         if name in IMPLEMENTATIONS:
             return name
         if name in NORMALIZERS:

@@ -24,7 +24,7 @@ from hf_softpick.errors import RecipeError, Stopped, StorageError
 from hf_softpick.modeling.attention_softpick import resolve_auto
 from hf_softpick.training import environment, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
-from hf_softpick.training.build import build_model
+from hf_softpick.training.build import build_model, check_attention
 from hf_softpick.training.callbacks import MetricsLog, Progress, Samples
 from hf_softpick.training.finalize import write_final
 from hf_softpick.training.generation import sample_texts
@@ -95,6 +95,7 @@ def _train(recipe: Recipe, main: bool, debug: bool) -> RunResult:
     strategy.check_precision(os.environ, recipe.training.arguments)
     args = training_arguments(recipe)
     active = strategy.check(asked, args)
+    check_attention(recipe.model, args.device)
     data = prepare_data(recipe.data, recipe.tokenizer, progress=main and not args.disable_tqdm)
     data.require_rows(global_batch(args))
     facts = {
@@ -140,12 +141,14 @@ def _train(recipe: Recipe, main: bool, debug: bool) -> RunResult:
 
 def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
     """One line on what is about to run where, so that nobody trains something else than he thinks."""
-    device, model = trainer.args.device.type, trainer.model
+    args, model = trainer.args, trainer.model
+    device = args.device.type
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     attention = model.config._attn_implementation
     if attention == "auto":
-        attention = f"auto ({resolve_auto(device)})"
-    where = active if active == "one process" else f"{active} on {trainer.args.world_size} processes"
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        attention = f"auto ({resolve_auto(args.device, dtype, model.config.head_dim)})"
+    where = active if active == "one process" else f"{active} on {args.world_size} processes"
     parts = [f"{recipe.model.normalizer} attention by {attention}", f"{parameters / 1e6:.1f}M parameters", where]
     if device == "cpu":
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1

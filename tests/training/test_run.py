@@ -234,6 +234,16 @@ def test_deepspeed_without_a_launcher_is_an_error(folder, capsys):
     assert "one process without a launcher is in force" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["triton", "triton_fast"])
+def test_gpu_kernels_without_a_gpu_are_an_error_before_the_data(folder, capsys, name):
+    """Missing data would be exit code 3."""
+    overrides = [f"model.attn_implementation={name}", "training.use_cpu=true", "data.sources=[{path: missing.jsonl}]"]
+    assert main([str(folder / "recipe.yaml"), "run.name=kernels", *overrides]) == 2
+    message = capsys.readouterr().err
+    assert f"model.attn_implementation='{name}' cannot run: " in message and "Use 'auto' or 'tiled'" in message
+    assert not (folder / "runs" / "kernels" / "recipe.yaml").exists()
+
+
 def test_precision_conflict_is_an_error(folder, capsys, monkeypatch):
     """bf16 in the recipe would silently switch the launcher's fp8 off."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
