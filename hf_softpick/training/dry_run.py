@@ -10,7 +10,7 @@ from typing import Any
 from ..data.settings import TokenizerSettings
 from .estimates import Memory, count_parameters, count_saved_parameters, estimate_memory
 from .recipe import Recipe, write_yaml
-from .recipe_model import ModelSettings
+from .recipe_model import GPU_ONLY, ModelSettings
 
 GIB = 2**30
 _FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".txt", ".gz")
@@ -178,8 +178,8 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
         for name in ("bf16", "fp16"):
             if given.get(name):
                 yield f"training.{name} is true and there is no GPU: on most CPUs this is slower than float32."
-        if recipe.model.attn_implementation == "flash_attention_2":
-            yield "model.attn_implementation is 'flash_attention_2' and there is no GPU."
+        if recipe.model.attn_implementation in GPU_ONLY:
+            yield f"model.attn_implementation is '{recipe.model.attn_implementation}' and there is no GPU."
     for name in ("deepspeed", "fsdp_config", "accelerator_config"):
         path = given.get(name)
         if isinstance(path, str) and not os.path.isfile(path):

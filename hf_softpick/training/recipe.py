@@ -201,6 +201,11 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         )
     if given.get("bf16") and given.get("fp16"):
         yield ("training", "fp16"), "is true beside training.bf16; choose one"
+    if given.get("full_determinism") and recipe.model.attn_implementation == "triton_fast":
+        yield (
+            ("training", "full_determinism"),
+            "is true, but gradients of model.attn_implementation 'triton_fast' differ between runs; use 'triton'",
+        )
     if given.get("dataloader_prefetch_factor") and not given.get("dataloader_num_workers"):
         yield ("training", "dataloader_prefetch_factor"), "needs training.dataloader_num_workers >= 1"
     pairs = given.get("optim_args") or ""

@@ -11,8 +11,11 @@ Problem = tuple[tuple[str | int, ...], str]
 
 Normalizer = Literal["softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax"]
 # Implementations of ours compute every normalizer; the others compute softmax and nothing else.
-Implementation = Literal["auto", "eager", "tiled", "sdpa", "flash_attention_2", "flex_attention"]
+Implementation = Literal[
+    "auto", "eager", "tiled", "triton", "triton_fast", "sdpa", "flash_attention_2", "flex_attention"
+]
 SOFTMAX_ONLY = ("sdpa", "flash_attention_2", "flex_attention")
+GPU_ONLY = ("triton", "triton_fast", "flash_attention_2")
 
 HINTS = {
     "rope_theta": "write model.rope_parameters: {rope_type: default, rope_theta: 10000.0}",
@@ -110,7 +113,7 @@ def check_model(model: ModelSettings) -> Iterator[Problem]:
         yield (
             ("model", "attn_implementation"),
             f"is {model.attn_implementation!r}, which computes softmax, but model.normalizer is {model.normalizer!r};"
-            " use 'auto', 'eager' or 'tiled'",
+            " use 'auto', 'triton', 'tiled' or 'eager'",
         )
     if model.attention_dropout and model.attn_implementation not in ("eager", "sdpa"):
         yield (

@@ -217,7 +217,12 @@ def test_one_thread_on_several_cores(recipe, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is wrong without a GPU")
 @pytest.mark.parametrize(
     "overrides",
-    [["training.bf16=true"], ["model.attn_implementation=flash_attention_2", "model.normalizer=softmax"]],
+    [
+        ["training.bf16=true"],
+        ["model.attn_implementation=flash_attention_2", "model.normalizer=softmax"],
+        ["model.attn_implementation=triton"],
+        ["model.attn_implementation=triton_fast"],
+    ],
 )
 def test_what_looks_wrong_without_a_gpu(recipe, overrides):
     assert any("no GPU" in warning for warning in warnings(recipe(*overrides), None, None))

@@ -130,7 +130,7 @@ def message(tmp_path, monkeypatch):
             "normalizer: softpick",
             "normalizer: softpick\n  attn_implementation: sdpa",
             "r.yaml:3:24: model.attn_implementation is 'sdpa', which computes softmax, but model.normalizer is"
-            " 'softpick'; use 'auto', 'eager' or 'tiled'",
+            " 'softpick'; use 'auto', 'triton', 'tiled' or 'eager'",
         ),
         (
             "normalizer: softpick",
@@ -202,7 +202,7 @@ def test_overrides_are_named(message):
             "model.attention_dropout=0.1",
             "model.attn_implementation 'auto' cannot compute; set it to 0, or use 'eager'",
         ),
-        ("model.attn_implementation=triton", "expected one of auto, eager, tiled, sdpa, flash_attention_2, flex"),
+        ("model.attn_implementation=flash", "expected one of auto, eager, tiled, triton, triton_fast, sdpa, flash_"),
         ("training.optim_args=x", "training.optim_args is 'x', expected key=value pairs"),
         ("training.optim_args='a=1,b'", "expected key=value pairs"),
         ("training.output_dir=x", "the run folder is run.root/run.name"),
@@ -218,6 +218,12 @@ def test_overrides_are_named(message):
 )
 def test_what_is_refused(message, override, expected):
     assert expected in message(override)
+
+
+def test_full_determinism_is_not_for_the_fast_kernels(message):
+    assert "gradients of model.attn_implementation 'triton_fast' differ between runs; use 'triton'" in message(
+        "training.full_determinism=true", "model.attn_implementation=triton_fast"
+    )
 
 
 def test_all_problems_are_reported(message):
