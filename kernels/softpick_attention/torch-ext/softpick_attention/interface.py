@@ -225,12 +225,13 @@ def softpick_attn_with_kvcache(
     _refuse(0.0, softcap, alibi_slopes)
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together, or neither")
+    # Where rows of the cache are chosen there may be any number of them.
+    rows = slice(None) if cache_batch_idx is None else slice(0)
+    check_inputs(q[rows], k_cache[rows], v_cache[rows], normalizer)
     B, T, S, device = q.shape[0], q.shape[1], k_cache.shape[1], q.device
-    if cache_batch_idx is not None:
-        if tuple(cache_batch_idx.shape) != (B,) or cache_batch_idx.is_floating_point():
-            raise ValueError(f"cache_batch_idx has shape {tuple(cache_batch_idx.shape)}, expected int [{B}]")
-    else:
-        check_inputs(q, k_cache, v_cache, normalizer)
+    for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if x is not None and (tuple(x.shape) != (B,) or x.is_floating_point()):
+            raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected int [{B}]")
     new = 0 if k is None else k.shape[1]
     if cache_seqlens is None:
         cache_seqlens = S if k is None else 0
