@@ -79,7 +79,8 @@ def rows() -> Iterator[Row]:
         for kernel in KERNELS:
             for dim in DIMS:
                 yield from (Row(family, kernel, dtype, dim) for dtype in DTYPES)
-                yield Row(family, kernel, "bf16", dim, masks=True)
+                if family in ("sm80", "sm90"):
+                    yield Row(family, kernel, "bf16", dim, masks=True)
                 if family == "sm90":
                     yield Row(family, kernel, "bf16", dim, "softmax")
 
@@ -113,6 +114,8 @@ def source_of(row: Row) -> ASTSource:
             signature[name], attributes[(index,)] = "*" + pointers[name], [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i32"
+            if name == "sm_t":
+                attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, values, attributes)
 
 
@@ -121,7 +124,8 @@ def compile_row(row: Row) -> dict:
 
     Returns:
         config, shared (bytes), registers, spilled (bytes of stack a thread, or spilled registers), and for half
-        precision on NVIDIA `instructions`, those of the unmasked loop a score.
+        precision on NVIDIA, of the unmasked loop: `instructions` a score, and `spills_in_loop`, how many of them move
+        a spilled register.
     """
     family, config = row[0], row.config()
     compiled = triton.compile(source_of(row), target=TARGETS[family], options=config.launch())
@@ -142,6 +146,7 @@ def compile_row(row: Row) -> dict:
         scores = config.block_m * config.block_n / (config.num_warps * 32)
         loop = main_loop(_cuobjdump(compiled.asm["cubin"], "-sass"))
         result["instructions"] = round(sum(loop.values()) / scores, 2)
+        result["spills_in_loop"] = loop["LDL"] + loop["STL"]
     return result
 
 
@@ -161,10 +166,16 @@ def main_loop(sass: str) -> Counter:
     for index, (address, text) in enumerate(lines):
         jump = re.search(r"\bBRA\b\S*.*?(0x[0-9a-f]+)", text)
         if jump and int(jump[1], 16) < int(address, 16):
-            body = [t for _, t in lines[place[int(jump[1], 16)] : index + 1]]
-            loops.append(Counter(re.sub(r"^@!?\w+\s+", "", t).split()[0].split(".")[0] for t in body))
-    products = [sum(count for name, count in loop.items() if name.endswith("MMA")) for loop in loops]
-    return min((x for x, n in zip(loops, products, strict=True) if n == max(products)), key=lambda x: sum(x.values()))
+            first = place[int(jump[1], 16)]
+            names = (re.sub(r"^@!?\w+\s+", "", t).split()[0].split(".")[0] for _, t in lines[first : index + 1])
+            counts = Counter(names)
+            products = sum(count for name, count in counts.items() if name.endswith("MMA"))
+            if products:
+                loops.append((first, index, products, counts))
+    # Waiting for a barrier jumps back as well, from the end of the program: only innermost loops count.
+    inner = [x for x in loops if not any(x is not y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    most = max(products for *_, products, _ in inner)
+    return min((counts for *_, products, counts in inner if products == most), key=lambda counts: sum(counts.values()))
 
 
 def digest() -> str:

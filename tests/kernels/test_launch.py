@@ -9,15 +9,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel here")
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from softpick_attention import backward, forward, interface, launch, tuning, visibility  # noqa: E402
-from softpick_attention.tuning import Target  # noqa: E402
+from softpick_attention import backward, forward, interface, launch, tuning, visibility
+from softpick_attention.tuning import Target
 
 KERNELS = [
     forward.forward_kernel,
@@ -66,7 +66,9 @@ def _train(T, S, documents, *, B=1, H=4, Hkv=2, D=64, dtype=torch.bfloat16, dete
     q = torch.zeros(B * T, H, D, dtype=dtype, requires_grad=True)
     k, v = (torch.zeros(B * S, Hkv, D, dtype=dtype, requires_grad=True) for _ in range(2))
     edges = torch.linspace(0, T, documents + 1).to(torch.int32)
-    interface.softpick_attn_varlen_func(q, k, v, edges, edges, causal=True, deterministic=deterministic).sum().backward()
+    interface.softpick_attn_varlen_func(
+        q, k, v, edges, edges, causal=True, deterministic=deterministic
+    ).sum().backward()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -28,7 +28,7 @@ from .visibility import Visible
 _INTEGERS = [
     "B", "T", "S", "H", "tiles", "heads", "chunk_heads", "offset", "left", "right",
     "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h", "sg_b", "sg_t", "sg_h",
-    "srow_b", "skey_b", "sm_b", "sm_h", "sm_t", "sm_s", "sbound_b",
+    "srow_b", "skey_b", "sm_b", "sm_h", "sbound_b",
 ]  # fmt: skip
 
 
@@ -38,11 +38,12 @@ def delta_kernel(
     BDV: tl.constexpr, NORMALIZER: tl.constexpr,
 ):  # fmt: skip
     """delta = <o, do> and floor = 2^-L of BM queries of a head; both [B, H, T] float32."""
-    i_bh = tl.program_id(1).to(tl.int64)
+    # A grid may be longer than 65535 along its first side only.
+    i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    o_t = tl.program_id(0) * BM + tl.arange(0, BM)
+    t0 = tl.program_id(1) * BM
+    o_t = t0 + tl.arange(0, BM)
     m_t = o_t < T
-    t0 = tl.program_id(0) * BM
     p_o = out + (i_b * T * H + i_h) * DV
     p_g = grad + (i_b * sg_b + i_h * sg_h) * UNIT
     b_o = load_tile(p_o, t0, tl.arange(0, BM), H * DV, m_t, DV, BDV, True, True)
@@ -82,7 +83,7 @@ def bounds_kernel(start, end, bounds, T, S, srow_b, tiles, BN: tl.constexpr, BT:
 
 @triton.jit
 def _dq_keys(
-    b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
+    b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t,
     D: tl.constexpr, DV: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -105,8 +106,8 @@ def _dq_keys(
         if HAS_KEYS:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         if HAS_MASK:
-            p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
-            b_seen = tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0)
+            p_mask = mask + (o_t.to(tl.int64) * sm_t)[:, None] + o_n[None, :]
+            b_seen = tl.load(p_mask, mask=(m_t[:, None] & (o_n < hi)[None, :]) if MASKED else m_t[:, None], other=0)
             b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_e = tl.math.exp2(b_s * scale - b_lse[:, None])
@@ -119,7 +120,7 @@ def _dq_keys(
 def dq_kernel(
     q, k, v, grad, lse, delta, dq, start, end, keys, mask, scale, score_scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t, sm_s,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -153,6 +154,8 @@ def dq_kernel(
 
     b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
     lo, hi, inner_lo, inner_hi = key_range(b_start, b_end, m_t)
+    if HAS_MASK:
+        lo = lo // BN * BN  # Aligned, so that many elements of the mask are loaded at once.
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BN)
     b_dq = tl.zeros([BM, BD], tl.float32)
     for i_phase in tl.static_range(3):
@@ -161,7 +164,7 @@ def dq_kernel(
                 b_q, b_do, b_dq, b_lse, b_delta, k, v, keys, mask, b_start, b_end, o_t, m_t,
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
-                scale, sk_t, sv_t, sm_t, sm_s, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION,
+                scale, sk_t, sv_t, sm_t, D, DV, BN, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION,
                 i_phase != 1,
             )  # fmt: skip
     o_d = tl.arange(0, BD)
@@ -172,7 +175,7 @@ def dq_kernel(
 @triton.jit
 def _dkv_queries(
     b_k, b_v, b_dk, b_dv, q, grad, dq, lse, delta, floor, mask, start, end, m_n, o_n, lo, hi, T, S, H, offset, left,
-    right, scale, sq_t, sg_t, sm_t, sm_s,
+    right, scale, sq_t, sg_t, sm_t,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, ADD_DQ: tl.constexpr,
@@ -199,8 +202,8 @@ def _dkv_queries(
             b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
             b_s = tl.where(inside(o_n[:, None], b_start[None, :], b_end[None, :]), b_s, float("-inf"))
         if HAS_MASK:
-            p_mask = mask + o_t.to(tl.int64)[None, :] * sm_t + o_n.to(tl.int64)[:, None] * sm_s
-            b_seen = tl.load(p_mask, mask=m_t[None, :] & m_n[:, None], other=0)
+            p_mask = mask + (o_t.to(tl.int64) * sm_t)[None, :] + o_n[:, None]
+            b_seen = tl.load(p_mask, mask=(m_t[None, :] & (o_n < S)[:, None]) if MASKED else m_t[None, :], other=0)
             b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_e = tl.math.exp2(b_s * scale - b_lse[None, :])
         if NORMALIZER == "softpick":
@@ -232,7 +235,7 @@ def _dkv_queries(
 def dkv_kernel(
     q, k, v, grad, lse, delta, floor, bounds, dq, dk, dv, start, end, keys, mask, scale, score_scale,
     B, T, S, H, tiles, heads, offset, left, right,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t, sm_s,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     sbound_b,
     UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
@@ -306,7 +309,7 @@ def dkv_kernel(
                 m_n, o_n,
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
-                T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, sm_s, D, DV, BM, BD, BDV, NORMALIZER, ROWS,
+                T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, D, DV, BM, BD, BDV, NORMALIZER, ROWS,
                 LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, i_phase != 1,
             )  # fmt: skip
     b_dk = b_dk * score_scale
@@ -397,7 +400,7 @@ def attention_backward(
         )  # fmt: skip
 
     with problem.device():
-        delta_kernel[(triton.cdiv(T, 64), B * H)](
+        delta_kernel[(B * H, triton.cdiv(T, 64))](
             out, grad, lse, delta, floor, T, H, strides["sg_b"], strides["sg_t"], strides["sg_h"],
             UNIT=strides["UNIT"], DV=DV, BM=64, BDV=problem.flags["BDV"], NORMALIZER=normalizer,
             num_warps=4,

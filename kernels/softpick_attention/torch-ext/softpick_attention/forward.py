@@ -25,13 +25,13 @@ from .visibility import Visible
 _INTEGERS = [
     "B", "T", "S", "H", "tiles", "heads", "chunk_heads", "offset", "left", "right", "splits",
     "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h",
-    "srow_b", "skey_b", "sm_b", "sm_h", "sm_t", "sm_s",
+    "srow_b", "skey_b", "sm_b", "sm_h",
 ]  # fmt: skip
 
 
 @triton.jit
 def _attend(
-    b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
+    b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
@@ -64,8 +64,8 @@ def _attend(
         if HAS_KEYS:
             b_s = tl.where(m_n[None, :], b_s, hidden_score(NORMALIZER))
         if HAS_MASK:
-            p_mask = mask + o_t.to(tl.int64)[:, None] * sm_t + o_n.to(tl.int64)[None, :] * sm_s
-            b_seen = tl.load(p_mask, mask=m_t[:, None] & m_n[None, :], other=0)
+            p_mask = mask + (o_t.to(tl.int64) * sm_t)[:, None] + o_n[None, :]
+            b_seen = tl.load(p_mask, mask=(m_t[:, None] & (o_n < hi)[None, :]) if MASKED else m_t[:, None], other=0)
             b_s = tl.where(b_seen != 0, b_s, hidden_score(NORMALIZER))
         # A whole number: scaling by 2^-m is then exact, and so is a weight of 0 for a score of 0.
         b_m_new = tl.maximum(b_m, tl.ceil(tl.max(b_s, 1) * scale))
@@ -87,7 +87,7 @@ def _attend(
 def forward_kernel(
     q, k, v, out, level, total, start, end, keys, mask, scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right, splits,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, srow_b, skey_b, sm_b, sm_h, sm_t, sm_s,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     UNIT: tl.constexpr, G: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -135,6 +135,8 @@ def forward_kernel(
 
     b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
     lo, hi, inner_lo, inner_hi = key_range(b_start, b_end, m_t)
+    if HAS_MASK:
+        lo = lo // BN * BN  # Aligned, so that many elements of the mask are loaded at once.
     if SPLIT:
         part = tl.cdiv(tl.cdiv(hi - lo, splits), BN) * BN
         lo = tl.minimum(lo + i_split * part, hi)
@@ -156,7 +158,7 @@ def forward_kernel(
                 b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t,
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
-                scale, sk_t, sv_t, sm_t, sm_s, D, DV, BM, BN if i_phase == 1 else max(BN // 2, 16), BD, BDV,
+                scale, sk_t, sv_t, sm_t, D, DV, BM, BN if i_phase == 1 else max(BN // 2, 16), BD, BDV,
                 NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, WIDE, i_phase != 1, False,
             )  # fmt: skip
     # NaN in a finite row came from a value; once more, in narrow tiles that need
@@ -167,7 +169,7 @@ def forward_kernel(
             b_m += LOWEST
         b_o, b_l, b_m = _attend(
             b_q, tl.zeros([BM, BDV], tl.float32), tl.zeros([BM], tl.float32), b_m,
-            k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t, sm_s,
+            k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t,
             D, DV, BM, 16, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, WIDE,
             True, True,
         )  # fmt: skip

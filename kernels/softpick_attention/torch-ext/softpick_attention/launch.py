@@ -110,7 +110,7 @@ class Problem(NamedTuple):
         left, right = visible.window[0], 0 if visible.causal else visible.window[1]
         banded = not given and (left >= 0 or right >= 0)
         far = 1 << 29
-        rows = dict(start=None, end=None, srow_b=0, keys=None, skey_b=0, mask=None, sm_b=0, sm_h=0, sm_t=0, sm_s=0)
+        rows = dict(start=None, end=None, srow_b=0, keys=None, skey_b=0, mask=None, sm_b=0, sm_h=0, sm_t=0)
         if given:
             start, end = visible.start.contiguous(), visible.end.contiguous()
             rows.update(start=start, end=end, srow_b=start.shape[1] if start.shape[0] > 1 else 0)
@@ -118,8 +118,10 @@ class Problem(NamedTuple):
             keys = dense_rows(visible.keys).view(torch.uint8)
             rows.update(keys=keys, skey_b=keys.stride(0))
         if visible.mask is not None:
-            mask = visible.mask.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1]).view(torch.uint8)
-            rows.update(mask=mask, **dict(zip(("sm_b", "sm_h", "sm_t", "sm_s"), mask.stride())))
+            # Dense along the keys, so that many are loaded at once; a mask of one column is widened.
+            mask = dense_rows(visible.mask.expand(*visible.mask.shape[:3], k.shape[1]))
+            mask = mask.view(torch.uint8).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            rows.update(mask=mask, **dict(zip(("sm_b", "sm_h", "sm_t"), mask.stride())))
         numbers = dict(
             B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], offset=visible.offset,
             left=left if left >= 0 else far, right=right if right >= 0 else far,

@@ -70,6 +70,33 @@ _INTERPRETER = Config(32, 32)
 
 # By family and bytes of an element: (block_m, block_n, num_warps, num_stages) for dimensions up to 64, 128 and 256.
 # fmt: off
+_HALF_80 = {
+    "forward": ((128, 128, 8, 3), (128, 64, 8, 3), (32, 32, 4, 1)),
+    "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 32, 4, 2)),
+    "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 4, 1)),
+    "dkv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
+    "dkv_fast": ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1)),
+}
+_HALF_86 = dict(
+    _HALF_80,
+    dq=((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 4, 1)),
+    dkv=((64, 128, 8, 2), (32, 64, 4, 2), (16, 32, 4, 1)),
+    dkv_fast=((64, 128, 8, 2), (32, 64, 4, 1), (16, 32, 4, 1)),
+)
+_HALF_90 = {
+    "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 1)),
+    "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
+    "dq": ((128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 1)),
+    "dkv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+    "dkv_fast": ((64, 128, 8, 2), (32, 128, 8, 2), (16, 32, 4, 1)),
+}
+_HALF_GFX9 = {
+    "forward": ((128, 64, 4, 3), (128, 64, 4, 2), (64, 32, 4, 1)),
+    "decode": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
+    "dq": ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1)),
+    "dkv": ((64, 64, 4, 1), (32, 64, 4, 1), (16, 32, 4, 1)),
+    "dkv_fast": ((64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+}
 _SMALL_HALF = {
     "forward": ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)),
     "decode": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 4, 1)),
@@ -78,26 +105,26 @@ _SMALL_HALF = {
     "dkv_fast": ((32, 64, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
 }
 _FLOAT = {
-    "forward": ((32, 32, 4, 2), (32, 16, 4, 1), (16, 16, 4, 1)),
-    "decode": ((16, 32, 4, 2), (16, 16, 4, 1), (16, 16, 4, 1)),
-    "dq": ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
-    "dkv": ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
-    "dkv_fast": ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+    "forward": ((32, 32, 4, 2), (16, 32, 4, 1), (16, 16, 8, 1)),
+    "decode": ((16, 64, 4, 2), (16, 32, 4, 2), (16, 16, 8, 1)),
+    "dq": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 16, 1)),
+    "dkv": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
+    "dkv_fast": ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
+}
+_FLOAT_GFX9 = {
+    "forward": ((32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+    "decode": ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "dq": ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)),
+    "dkv": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    "dkv_fast": ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 _TABLE = {
-    ("sm90", 2): {
-        "forward": ((128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
-        "decode": ((16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 2)),
-        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
-        "dkv": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
-        "dkv_fast": ((64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)),
-    },
-    ("sm90", 4): _FLOAT,
-    ("sm80", 2): _SMALL_HALF, ("sm80", 4): _FLOAT,
-    ("sm86", 2): _SMALL_HALF, ("sm86", 4): _FLOAT,
-    ("sm100", 2): _SMALL_HALF, ("sm100", 4): _FLOAT,
-    ("gfx9", 2): _SMALL_HALF, ("gfx9", 4): _FLOAT,
-    ("other", 2): _SMALL_HALF, ("other", 4): _FLOAT,
+    ("sm80", 2): _HALF_80, ("sm80", 4): _FLOAT,
+    ("sm86", 2): _HALF_86, ("sm86", 4): _FLOAT,
+    ("sm90", 2): _HALF_90, ("sm90", 4): _FLOAT,
+    ("sm100", 2): _HALF_90, ("sm100", 4): _FLOAT,
+    ("gfx9", 2): _HALF_GFX9, ("gfx9", 4): _FLOAT_GFX9,
+    ("other", 2): _SMALL_HALF, ("other", 4): _FLOAT_GFX9,
 }
 # fmt: on
 
@@ -122,14 +149,13 @@ def configuration(kernel: str, problem: Any, launch: Callable[[Config], None]) -
 
 
 def table_configuration(kernel: str, family: str, element_size: int, dim: int, masks: bool = False) -> Config:
-    """The entry for heads of tile dimension `dim`; masks take registers, so the tile is then halved along the loop."""
+    """The entry for heads of tile dimension `dim`; masks take registers, so the tile is then cut along the loop."""
     entries = _TABLE[family, element_size][kernel]
     config = Config(*next(entry for limit, entry in zip((64, 128, 256), entries) if dim <= limit))
     if not masks:
         return config
-    if kernel.startswith("dkv"):
-        return config._replace(block_m=max(config.block_m // 2, 16))
-    return config._replace(block_n=max(config.block_n // 2, 16))
+    side = "block_m" if kernel.startswith("dkv") else "block_n"
+    return config._replace(**{side: max(getattr(config, side) // (2 if dim <= 64 else 4), 16)})
 
 
 def _fastest(config: Config, launch: Callable[[Config], None]) -> Config:
