@@ -79,9 +79,9 @@ def plain(query, key, value, mask, scale, normalizer):
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     x = query @ key.transpose(-1, -2) * scale
     if normalizer == "softpick":
-        shift = x.detach().masked_fill(~mask, 0).amax(-1, keepdim=True).clamp_min(0)
+        x = x.masked_fill(~mask, 0)  # adds 0 to both sums
+        shift = x.detach().amax(-1, keepdim=True).clamp_min(0)
         p = torch.exp(x - shift) - torch.exp(-shift)
-        p = torch.where(mask, p, 0)
         weights = torch.relu(p) / (p.abs().sum(-1, keepdim=True) + SOFTPICK_EPS * torch.exp(-shift))
     else:
         kept = mask & (x >= 0) if normalizer == "rectified_softmax" else mask
