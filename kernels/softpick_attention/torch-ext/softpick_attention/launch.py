@@ -1,6 +1,5 @@
 """What every kernel is told about a call: checked shapes, strides, visibility and compile-time switches."""
 
-import contextlib
 import math
 from typing import Any, Dict, NamedTuple, Tuple
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from triton import knobs
 
 from .tuning import Target, current_target
-from .visibility import Visible, check_visible
+from .visibility import Visible, check_visible, launch_device
 
 # Fixed when the kernels were made, at import. Triton's interpreter computes bfloat16 wrongly: see `working_dtype`.
 INTERPRET = bool(knobs.runtime.interpret)
@@ -163,14 +162,15 @@ class Problem(NamedTuple):
 
     def device(self) -> Any:
         """Context in which kernels are launched on the device of the tensors, not on the current one."""
-        if self.q.device.type == "cpu":
-            return contextlib.nullcontext()
-        return torch.get_device_module(self.q.device).device(self.q.device)
+        return launch_device(self.q)
 
 
 def _precision(q: Tensor, target: Target) -> str:
     """How float32 products are computed: with TensorFloat-32 where torch itself may, else as exactly as float32."""
     if q.dtype != torch.float32 or not target.family.startswith("sm"):
         return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 and later: the old name raises once the new one was set, as transformers' Trainer does.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     # Three products on tensor cores keep float32's accuracy and are faster than the scalar units.
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if allowed else "tf32x3"

@@ -4,7 +4,8 @@ Packed documents are intervals over the flattened row, so no kernel has a grid o
 for the device.
 """
 
-from typing import NamedTuple, Optional, Tuple
+import contextlib
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 import triton
@@ -27,6 +28,13 @@ class Visible(NamedTuple):
     causal: bool = False
     offset: int = 0
     window: Tuple[int, int] = (-1, -1)
+
+
+def launch_device(x: Tensor) -> Any:
+    """Context in which Triton launches on the device of `x`, not on the current one."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(x.device).device(x.device)
 
 
 @triton.jit(do_not_specialize=["documents", "T", "S", "left", "right"])
@@ -84,11 +92,12 @@ def document_intervals(
     end = torch.empty_like(start)
     if total_q > 0:
         block = 256
-        _intervals_kernel[(triton.cdiv(total_q, block),)](
-            cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), start, end, cu_seqlens_q.numel() - 1, total_q,
-            total_k, left, right, BT=block, LEFT=left >= 0, RIGHT=right >= 0, TOP_LEFT=top_left, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        with launch_device(start):
+            _intervals_kernel[(triton.cdiv(total_q, block),)](
+                cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), start, end, cu_seqlens_q.numel() - 1, total_q,
+                total_k, left, right, BT=block, LEFT=left >= 0, RIGHT=right >= 0, TOP_LEFT=top_left, num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
     return Visible(start=start, end=end)
 
 
