@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import knobs
 
 from .tuning import Target, current_target
-from .visibility import Visible, check_visible, launch_device
+from .visibility import FAR_AWAY, Visible, check_visible, launch_device, window_bounds
 
 # Fixed when the kernels were made, at import. Triton's interpreter computes bfloat16 wrongly: see `working_dtype`.
 INTERPRET = bool(knobs.runtime.interpret)
@@ -106,9 +106,8 @@ class Problem(NamedTuple):
         q, k, v = dense_rows(q if scale else q * 0), dense_rows(k), dense_rows(v)
         target = current_target(q.device)
         given = visible.start is not None
-        left, right = visible.window[0], 0 if visible.causal else visible.window[1]
+        left, right = window_bounds(visible.causal, visible.window)
         banded = not given and (left >= 0 or right >= 0)
-        far = 1 << 29
         rows = dict(start=None, end=None, srow_b=0, keys=None, skey_b=0, mask=None, sm_b=0, sm_h=0, sm_t=0)
         if given:
             start, end = visible.start.contiguous(), visible.end.contiguous()
@@ -123,7 +122,7 @@ class Problem(NamedTuple):
             rows.update(mask=mask, **dict(zip(("sm_b", "sm_h", "sm_t"), mask.stride())))
         numbers = dict(
             B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], offset=visible.offset,
-            left=left if left >= 0 else far, right=right if right >= 0 else far,
+            left=left if left >= 0 else FAR_AWAY, right=right if right >= 0 else FAR_AWAY,
         )  # fmt: skip
         flags = dict(
             G=q.shape[2] // k.shape[2], D=q.shape[3], DV=v.shape[3], BD=tile_dim(q.shape[3]), BDV=tile_dim(v.shape[3]),

@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# A bound that no key is beyond, yet small enough to be added to positions as int32.
+FAR_AWAY = 1 << 29
+
 
 class Visible(NamedTuple):
     """Query t of row b sees the keys start <= j < end with keys[b, j] and mask[b, h, t, j].
@@ -28,6 +31,11 @@ class Visible(NamedTuple):
     causal: bool = False
     offset: int = 0
     window: Tuple[int, int] = (-1, -1)
+
+
+def window_bounds(causal: bool, window: Tuple[int, int]) -> Tuple[int, int]:
+    """Keys to the left and to the right that a query sees, -1 = no bound; callers may write "none" as 2**31 - 1."""
+    return min(window[0], FAR_AWAY), 0 if causal else min(window[1], FAR_AWAY)
 
 
 def launch_device(x: Tensor) -> Any:
@@ -87,7 +95,7 @@ def document_intervals(
         window: keys to the left and to the right of the query, -1 = no bound; `causal` makes the right one 0.
         top_left: align query 0 with key 0 of its document, else the last query with the last key.
     """
-    left, right = window[0], 0 if causal else window[1]
+    left, right = window_bounds(causal, window)
     start = torch.empty(1, total_q, dtype=torch.int32, device=cu_seqlens_q.device)
     end = torch.empty_like(start)
     if total_q > 0:
