@@ -94,18 +94,23 @@ def _log_choice(reason: str) -> None:
     logger.warning("attn_implementation='auto' runs 'tiled', which is right, but slow beside the kernels: %s", reason)
 
 
-def check_mask(mask: Tensor) -> Tensor:
-    """A [B, H, T, S] mask handed in by the user, if it is boolean.
+def check_mask(mask: Tensor, length: int, key_length: int) -> Tensor:
+    """A mask [B, H, T or 1, S or 1] handed in by the user, if it is boolean, as a view [B, H, T, S].
 
     Raises:
-        ValueError: it is additive or has another dtype.
+        ValueError: it is additive, has another dtype or is not 4-D.
     """
+    if mask.ndim != 4:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, expected [B, tokens so far] or [B, 1 or H, T, S]"
+        )
     if mask.dtype != torch.bool:
         raise ValueError(
             f"the 4-D attention_mask has dtype {mask.dtype}, expected torch.bool with True = visible. An additive "
             "mask cannot exclude a key from softpick's denominator; pass `attention_mask == 0` instead."
         )
-    return mask
+    sizes = (full if size == 1 else size for size, full in zip(mask.shape[2:], (length, key_length), strict=True))
+    return mask.expand(*mask.shape[:2], *sizes)
 
 
 def attention_forward(
@@ -177,7 +182,7 @@ def _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_le
             sliding_window=sliding_window,
         )
     # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
-    return keep_documents_apart(check_mask(attention_mask), position_ids, cu_seq_lens)
+    return keep_documents_apart(check_mask(attention_mask, length, key_length), position_ids, cu_seq_lens)
 
 
 def keep_documents_apart(mask: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Tensor:

@@ -267,7 +267,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             sliding_window=self.config.sliding_window,
         )
         if attention_mask is not None and padding is None:
-            mask = keep_documents_apart(check_mask(attention_mask), given_positions, cu_seq_lens_q)
+            mask = keep_documents_apart(check_mask(attention_mask, length, keys), given_positions, cu_seq_lens_q)
             if self.config.sliding_window is not None:
                 query = torch.arange(length, device=mask.device) + offset - key_offset
                 mask = mask & (torch.arange(keys, device=mask.device) > query[:, None] - self.config.sliding_window)

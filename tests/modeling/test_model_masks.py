@@ -242,6 +242,25 @@ def test_4d_mask_keeps_documents_and_window(window):
     torch.testing.assert_close(model(ids, attention_mask=causal, position_ids=positions).logits, expected)
 
 
+@pytest.mark.parametrize("boundaries", ["positions", "cu_seq_lens_q"])
+def test_4d_mask_of_one_row_keeps_documents_apart(boundaries):
+    model = tiny_model()
+    ids = tokens(1, 12)
+    given = {
+        "positions": dict(position_ids=torch.tensor([[*range(7), *range(5)]])),
+        "cu_seq_lens_q": dict(cu_seq_lens_q=torch.tensor([0, 7, 12])),
+    }[boundaries]
+    mask = (torch.arange(12) != 1)[None, None, None]
+    expected = model(ids, attention_mask=mask.expand(1, 1, 12, 12), **given).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask, **given).logits, expected)
+
+
+def test_3d_mask_is_refused():
+    """Its first dimension would be read as heads."""
+    with pytest.raises(ValueError, match=r"shape \(2, 12, 12\), expected \[B, tokens so far\] or \[B, 1 or H, T, S\]"):
+        tiny_model()(tokens(2, 12), attention_mask=torch.ones(2, 12, 12, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("name", ["cu_seq_lens", "cu_seqlens_q", "seq_idx"])
 def test_boundaries_under_a_name_that_is_not_read_are_refused(name):
     model = tiny_model()
