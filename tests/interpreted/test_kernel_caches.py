@@ -153,3 +153,23 @@ def test_splits_of_one_row_do_not_depend_on_its_batch(prefill):
     for row in range(2):
         part = slice(row, row + 1)
         assert torch.equal(softpick_attn_with_kvcache(q[part, -1:], k[part], v[part], num_splits=3), both[part])
+
+
+def test_the_cache_stays_out_of_autograd(prefill):
+    q, k, v, expected = prefill
+    caches = cache_of(k[:, :-1], v[:, :-1])
+    new = [x[:, -1:].clone().requires_grad_() for x in (k, v)]
+    out = softpick_attn_with_kvcache(q[:, -1:], *caches, *new, cache_seqlens=LENGTH - 1, causal=True)
+    assert not any(x.requires_grad for x in (out, *caches))
+    assert_close(out, expected["softpick"][:, -1:], rtol=1e-6, atol=1e-6)
+
+
+def test_a_refused_call_leaves_the_cache_alone(prefill):
+    q, k, v, _ = prefill
+    caches = cache_of(k[:, :-1], v[:, :-1])
+    key_mask = torch.ones(2, ROOM)
+    with pytest.raises(ValueError, match="dtype torch.float32, expected torch.bool"):
+        softpick_attn_with_kvcache(
+            q[:, -1:], *caches, k[:, -1:], v[:, -1:], cache_seqlens=LENGTH - 1, key_mask=key_mask
+        )
+    assert all(cache[:, LENGTH - 1 :].isnan().all() for cache in caches)

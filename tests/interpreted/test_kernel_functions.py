@@ -72,6 +72,8 @@ REFUSED = {
         "is 'left', expected one of bottom_right, top_",
     ),
     "window": (dense, (q, k, v), {"window_size": (-2, 0)}, r"window_size is \(-2, 0\), expected \(left"),
+    "fractional window": (dense, (q, k, v), {"window_size": (1.5, 0)}, r"window_size is \(1.5, 0\), expected \(left"),
+    "window of one number": (dense, (q, k, v), {"window_size": 4}, r"window_size is 4, expected \(left"),
     "one window": (dense, (q, k, v), {"window_size": (4,)}, r"window_size is \(4,\), expected \(left"),
     "NaN scale": (dense, (q, k, v), {"scale": math.nan}, "scale is nan, expected a finite number"),
     "infinite scale": (dense, (q, k, v), {"scale": math.inf}, "scale is inf, expected a finite number"),
@@ -123,9 +125,9 @@ REFUSED = {
         softpick_attn_with_kvcache,
         (q, k, v, k[:, :2], v[:, :2], 7),
         {},
-        "is 7, expected 0 to 6.*holds 8",
+        "is 7, expected an int from 0 to 6.*room for 8 tokens and 2 are new",
     ),
-    "cache below 0": (cached, (q, k, v), {"cache_seqlens": -1}, "is -1, expected 0 to 8"),
+    "cache below 0": (cached, (q, k, v), {"cache_seqlens": -1}, "is -1, expected an int from 0 to 8"),
     "k without v": (cached, (q, k, v, k), {}, "k and v must be given together"),
     "new dtype": (
         softpick_attn_with_kvcache,
@@ -140,13 +142,27 @@ REFUSED = {
         r"v is \(2, 8, 1, 16\).*expected \[2, T_new",
     ),
     "new lengths": (cached, (q, k, v, k[:, :1], v[:, :2]), {}, "k holds 1 new tokens and v 2"),
-    "lengths": (cached, (q, k, v), {"cache_seqlens": cu}, r"shape \(3,\), expected an int or int"),
+    "lengths": (
+        cached,
+        (q, k, v),
+        {"cache_seqlens": cu},
+        r"shape \(3,\) and dtype torch.int32, expected an int or int",
+    ),
+    "fractional length": (cached, (q, k, v), {"cache_seqlens": 4.5}, "is 4.5, expected an int from 0 to 8"),
+    "splits below 0": (cached, (q, k, v), {"num_splits": -1}, "num_splits is -1, expected 0"),
+    "fractional splits": (cached, (q, k, v), {"num_splits": 2.5}, "num_splits is 2.5, expected 0"),
+    "rows as a mask": (
+        softpick_attn_with_kvcache,
+        (q, k, v),
+        {"cache_batch_idx": torch.ones(2, dtype=torch.uint8)},
+        "dtype torch.uint8, expected int32 or int64",
+    ),
     "float lengths": (cached, (q, k, v), {"cache_seqlens": cu[:2] / 1}, "expected an int or int"),
     "cache rows": (
         softpick_attn_with_kvcache,
         (q, k, v),
         {"cache_batch_idx": cu},
-        r"shape \(3,\) and dtype .*, expected int \[2\]",
+        r"shape \(3,\) and dtype .*, expected int32 or int64 \[2\]",
     ),
     "cache softcap": (cached, (q, k, v), {"softcap": 1.0}, "softcap is 1.0, expected 0.0"),
     "cache rank": (cached, (q[0], k, v), {}, "have 3, 4 and 4 dimensions"),
@@ -302,3 +318,16 @@ def test_needs_no_gradient_mode_and_leaves_inputs_alone():
     with torch.inference_mode():
         out = softpick_attn_func(*given)
     assert torch.equal(out, softpick_attn_func(*given)) and all(map(torch.equal, given, copies))
+
+
+def test_a_mask_of_one_row_keeps_packed_documents_apart():
+    """The function for the Hub gets boolean masks; one that is the same for all queries broadcasts."""
+    heads_outside = [x.transpose(1, 2) for x in (q, k, v)]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(2, 8)
+    seen = torch.arange(8)[None] > torch.tensor([[0], [-1]])
+
+    def attend(mask):
+        module = torch.nn.Module()
+        return softpick_attention.flash_attn_forward(module, *heads_outside, mask, position_ids=positions)[0]
+
+    assert_close(attend(seen[:, None, None]), attend(seen[:, None, None].expand(2, 1, 8, 8)))

@@ -92,6 +92,7 @@ def _documents(position_ids: Tensor, mask: Optional[Tensor], left: int) -> Visib
         begins = position_ids - position_ids.roll(1, -1) != 1
     else:
         # A mask of the user's own may go with positions that repeat; padded tokens have any position.
+        mask = mask.expand(*mask.shape[:2], *(len(index) if size == 1 else size for size in mask.shape[2:]))
         begins = (position_ids == 0) & mask.diagonal(dim1=-2, dim2=-1).any(1)
     document = begins.cumsum(-1)
     start = torch.searchsorted(document, document)

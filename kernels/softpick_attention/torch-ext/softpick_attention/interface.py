@@ -3,6 +3,7 @@
 No torch operator is registered here, as the Hub's kernels must not; hf_softpick does that for torch.compile.
 """
 
+import operator
 from typing import Any, Optional, Tuple, Union
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from .backward import attention_backward
 from .forward import attention_forward
 from .launch import check_inputs as check_inputs
-from .visibility import Visible, document_intervals
+from .visibility import Visible, check_visible, document_intervals, window_bounds
 
 _LN2 = 0.6931471805599453
 _ALIGNMENTS = ("bottom_right", "top_left")
+# The grid of a launch has no more programs along this side.
+_MAX_SPLITS = 65535
 
 
 class _Attention(torch.autograd.Function):
@@ -230,28 +233,36 @@ def softpick_attn_with_kvcache(
     check_inputs(q[rows], k_cache[rows], v_cache[rows], normalizer)
     B, T, S, device = q.shape[0], q.shape[1], k_cache.shape[1], q.device
     for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-        if x is not None and (tuple(x.shape) != (B,) or x.is_floating_point()):
-            raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected int [{B}]")
+        # Bytes would index the cache as a mask.
+        if x is not None and (tuple(x.shape) != (B,) or x.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected int32 or int64 [{B}]")
+    if not isinstance(num_splits, int) or not 0 <= num_splits <= _MAX_SPLITS:
+        raise ValueError(f"num_splits is {num_splits!r}, expected 0 (chosen for the device) to {_MAX_SPLITS}")
     new = 0 if k is None else k.shape[1]
     if cache_seqlens is None:
         cache_seqlens = S if k is None else 0
     if not isinstance(cache_seqlens, Tensor):
-        if not 0 <= cache_seqlens <= S - new:
-            raise ValueError(f"cache_seqlens is {cache_seqlens}, expected 0 to {S - new}: the cache holds {S} tokens")
+        if not hasattr(cache_seqlens, "__index__") or not 0 <= cache_seqlens <= S - new:
+            raise ValueError(
+                f"cache_seqlens is {cache_seqlens!r}, expected an int from 0 to {S - new} or a tensor of them: the "
+                f"cache has room for {S} tokens and {new} are new"
+            )
         lengths = torch.full((1,), cache_seqlens, dtype=torch.int32, device=device)
     else:
         if tuple(cache_seqlens.shape) != (B,) or cache_seqlens.is_floating_point():
-            raise ValueError(f"cache_seqlens has shape {tuple(cache_seqlens.shape)}, expected an int or int [{B}]")
+            raise ValueError(
+                f"cache_seqlens has shape {tuple(cache_seqlens.shape)} and dtype {cache_seqlens.dtype}, expected an "
+                f"int or int [{B}]"
+            )
         lengths = cache_seqlens.to(device, torch.int32)
-    if k is not None:
-        _append(k_cache, v_cache, k, v, lengths, cache_batch_idx, B)
-        lengths = lengths + new
-    visible = _cache_intervals(lengths, T, causal, _window(window_size), cache_leftpad)
-    visible = visible._replace(keys=key_mask)
+    visible = _cache_intervals(lengths + new, T, causal, _window(window_size), cache_leftpad)._replace(keys=key_mask)
+    check_visible(visible, q, k_cache)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.no_grad():
+        if k is not None:
+            _append(k_cache, v_cache, k, v, lengths, cache_batch_idx, B)
         if cache_batch_idx is not None:
             k_cache, v_cache = k_cache[cache_batch_idx], v_cache[cache_batch_idx]
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         return _result(attention_forward(q, k_cache, v_cache, visible, scale, normalizer, num_splits), return_lse)
 
 
@@ -273,7 +284,7 @@ def _append(k_cache, v_cache, k, v, lengths, cache_batch_idx, batch) -> None:
 
 def _cache_intervals(lengths: Tensor, T: int, causal: bool, window: Tuple[int, int], leftpad: Optional[Tensor]):
     """What T queries at the end of rows of `lengths` tokens see."""
-    left, right = window[0], 0 if causal else window[1]
+    left, right = window_bounds(causal, window)
     last = lengths[:, None]
     own = last - T + torch.arange(T, device=lengths.device, dtype=torch.int32)
     end = last.expand_as(own) if right < 0 else torch.minimum(own + right + 1, last)
@@ -285,9 +296,13 @@ def _cache_intervals(lengths: Tensor, T: int, causal: bool, window: Tuple[int, i
 
 
 def _window(window_size: Tuple[int, int]) -> Tuple[int, int]:
-    if len(window_size) != 2 or any(size < -1 for size in window_size):
+    try:
+        left, right = map(operator.index, window_size)
+    except (TypeError, ValueError):
+        left = right = -2
+    if left < -1 or right < -1:
         raise ValueError(f"window_size is {window_size}, expected (left, right), each -1 (no bound) or at least 0")
-    return int(window_size[0]), int(window_size[1])
+    return left, right
 
 
 def _refuse(dropout_p: float, softcap: float, alibi_slopes: Any) -> None:
