@@ -168,3 +168,16 @@ def test_autotune_times_alternatives(compiled, monkeypatch):
     before = compiled()
     interface.softpick_attn_func(q, q, q)
     assert compiled() == before
+
+
+def test_autotune_leaves_nothing_of_its_trials(compiled, monkeypatch):
+    """A trial that splits the keys, before a final launch that does not: the results are those of the final one."""
+    forwards = []
+    run = forward.forward_kernel.run
+    monkeypatch.setattr(forward.forward_kernel, "run", lambda *a, **k: (forwards.append(a[3]), run(*a, **k))[1])
+    choices = lambda kind, problem, launch: (launch(tuning.Config(16, 16)), tuning.Config(16, 64))[1]  # noqa: E731
+    monkeypatch.setattr(forward, "configuration", choices)
+    monkeypatch.setattr(forward, "decode_splits", lambda *facts: 2 if facts[-1] == 16 else 0)
+    q = torch.zeros(1, 8, 1, 16, dtype=torch.float16)
+    out = interface.softpick_attn_func(q, q, q)
+    assert len(forwards) == 2 and forwards[0] is not out and forwards[1].data_ptr() == out.data_ptr()

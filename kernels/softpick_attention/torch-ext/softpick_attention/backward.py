@@ -13,6 +13,7 @@ import triton.language as tl
 from .launch import INTERPRET, Problem, dense_rows
 from .tiles import (
     FAR,
+    aligned,
     inside,
     key_range,
     load_tile,
@@ -28,7 +29,7 @@ from .visibility import Visible
 _INTEGERS = [
     "B", "T", "S", "H", "tiles", "heads", "chunk_heads", "offset", "left", "right",
     "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h", "sg_b", "sg_t", "sg_h",
-    "srow_b", "skey_b", "sm_b", "sm_h", "sbound_b",
+    "srow_b", "skey_b", "sm_b", "sm_h", "sm_t", "sbound_b",
 ]  # fmt: skip
 
 
@@ -57,8 +58,9 @@ def delta_kernel(
 @triton.jit(do_not_specialize=["T", "S", "srow_b", "tiles"])
 def bounds_kernel(start, end, bounds, T, S, srow_b, tiles, BN: tl.constexpr, BT: tl.constexpr):
     """Which queries see a tile of keys, and which see all of it: first, last of each, int32 [B or 1, tiles, 4]."""
-    n0 = tl.program_id(0) * BN
-    i_b = tl.program_id(1).to(tl.int64)
+    i_n = tl.program_id(0) % tiles
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    n0 = i_n * BN
     start += i_b * srow_b
     end += i_b * srow_b
     lo, hi, inner_lo, inner_hi = FAR, 0, FAR, T
@@ -74,7 +76,7 @@ def bounds_kernel(start, end, bounds, T, S, srow_b, tiles, BN: tl.constexpr, BT:
         inner_lo = tl.minimum(inner_lo, tl.min(tl.where(b_all, o_t, FAR), 0))
         b_stop = m_t & (b_all == 0) & (o_t > inner_lo)
         inner_hi = tl.minimum(inner_hi, tl.min(tl.where(b_stop, o_t, FAR), 0))
-    bounds += (i_b * tiles + tl.program_id(0)) * 4
+    bounds += (i_b * tiles + i_n) * 4
     tl.store(bounds, tl.minimum(lo, hi))
     tl.store(bounds + 1, hi)
     tl.store(bounds + 2, inner_lo)
@@ -106,7 +108,7 @@ def _dq_keys(
         if HAS_KEYS:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         if HAS_MASK:
-            p_mask = mask + (o_t.to(tl.int64) * sm_t)[:, None] + o_n[None, :]
+            p_mask = mask + (o_t * sm_t)[:, None] + aligned(o_n)[None, :]
             b_seen = tl.load(p_mask, mask=(m_t[:, None] & (o_n < hi)[None, :]) if MASKED else m_t[:, None], other=0)
             b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
@@ -121,7 +123,8 @@ def dq_kernel(
     q, k, v, grad, lse, delta, dq, start, end, keys, mask, scale, score_scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t,
-    UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
     RELU: tl.constexpr,
@@ -140,7 +143,8 @@ def dq_kernel(
     if HAS_KEYS:
         keys += i_b * skey_b
     if HAS_MASK:
-        mask += i_b * sm_b + i_h * sm_h
+        mask += (i_b * sm_b + i_h * sm_h) * MASK_UNIT
+        sm_t = sm_t.to(tl.int64) * MASK_UNIT
     if ROWS == "given":
         start += i_b * srow_b
         end += i_b * srow_b
@@ -155,7 +159,7 @@ def dq_kernel(
     b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
     lo, hi, inner_lo, inner_hi = key_range(b_start, b_end, m_t)
     if HAS_MASK:
-        lo = lo // BN * BN  # Aligned, so that many elements of the mask are loaded at once.
+        lo = lo // BN * BN  # For `aligned`.
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BN)
     b_dq = tl.zeros([BM, BD], tl.float32)
     for i_phase in tl.static_range(3):
@@ -202,7 +206,7 @@ def _dkv_queries(
             b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
             b_s = tl.where(inside(o_n[:, None], b_start[None, :], b_end[None, :]), b_s, float("-inf"))
         if HAS_MASK:
-            p_mask = mask + (o_t.to(tl.int64) * sm_t)[None, :] + o_n[:, None]
+            p_mask = mask + (o_t * sm_t)[None, :] + o_n[:, None]
             b_seen = tl.load(p_mask, mask=(m_t[None, :] & (o_n < S)[:, None]) if MASKED else m_t[None, :], other=0)
             b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_e = tl.math.exp2(b_s * scale - b_lse[None, :])
@@ -234,10 +238,11 @@ def _dkv_queries(
 @triton.jit(do_not_specialize=_INTEGERS)
 def dkv_kernel(
     q, k, v, grad, lse, delta, floor, bounds, dq, dk, dv, start, end, keys, mask, scale, score_scale,
-    B, T, S, H, tiles, heads, offset, left, right,
+    B, T, S, H, tiles, heads, chunk_heads, offset, left, right,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     sbound_b,
-    UNIT: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
     RELU: tl.constexpr, ADD_DQ: tl.constexpr, EACH_HEAD: tl.constexpr,
@@ -248,8 +253,8 @@ def dkv_kernel(
     ADD_DQ: dq is added to as well, with atomics, in an order that differs between runs.
     """
     # The first keys, which most queries see, come first.
-    i_n = tl.program_id(0) // heads
-    i_bh = tl.program_id(0) % heads
+    i_bh, i_last = longest_first(tiles, heads, chunk_heads)
+    i_n = tiles - 1 - i_last
     if EACH_HEAD:
         i_b = (i_bh // H).to(tl.int64)
         first = i_bh % H
@@ -290,6 +295,7 @@ def dkv_kernel(
 
     sq_t = sq_t * UNIT
     sg_t = sg_t * UNIT
+    sm_t = sm_t.to(tl.int64) * MASK_UNIT
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BDV], tl.float32)
     for i_g in range(count):
@@ -302,7 +308,7 @@ def dkv_kernel(
         if ADD_DQ:
             p_dq += (i_b * T * H + i_h) * D
         if HAS_MASK:
-            p_mask += i_b * sm_b + i_h * sm_h
+            p_mask += (i_b * sm_b + i_h * sm_h) * MASK_UNIT
         for i_phase in tl.static_range(3):
             b_dk, b_dv = _dkv_queries(
                 b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end,
@@ -379,6 +385,7 @@ def attention_backward(
     def launch_dkv(config: Config) -> None:
         nonlocal parts
         tiles = triton.cdiv(S, config.block_n)
+        parts = (dk, dv)
         # Few key heads and short rows leave processors idle: then each query head has its own program.
         each_head = H > heads_k and tiles * B * heads_k < 2 * problem.target.processors
         if each_head:
@@ -388,6 +395,8 @@ def attention_backward(
         heads = B * (H if each_head else heads_k)
         dkv_kernel[(tiles * heads,)](
             **shared, floor=floor, bounds=bounds, dq=dq_sum, dk=parts[0], dv=parts[1], tiles=tiles, heads=heads,
+            # Side by side on all heads, the atomics of one pass meet less.
+            chunk_heads=heads if fast else problem.heads_at_once(heads, T if each_head else T * H / heads_k),
             sbound_b=tiles if bounds is not None and bounds.shape[0] > 1 else 0, ADD_DQ=fast, EACH_HEAD=each_head,
             BM=config.block_m, BN=config.block_n, **config.launch(),
         )  # fmt: skip
@@ -395,7 +404,8 @@ def attention_backward(
     def launch_dq(config: Config) -> None:
         tiles = triton.cdiv(T, config.block_m)
         dq_kernel[(tiles * B * H,)](
-            **shared, dq=dq, tiles=tiles, heads=B * H, chunk_heads=problem.heads_at_once(B * H), BM=config.block_m,
+            **shared, dq=dq, tiles=tiles, heads=B * H,
+            chunk_heads=problem.heads_at_once(B * H, S * heads_k / H), BM=config.block_m,
             BN=config.block_n, **config.launch(),
         )  # fmt: skip
 
@@ -416,7 +426,7 @@ def attention_backward(
         torch.mul(dq_sum, scale, out=dq)
     if parts[0] is not dk:
         for total, part in zip((dk, dv), parts):
-            torch.sum(part.unflatten(2, (heads_k, H // heads_k)), 3, out=total)
+            total.copy_(part.unflatten(2, (heads_k, H // heads_k)).sum(3))
     return dq, dk, dv
 
 
@@ -427,7 +437,7 @@ def _bounds(problem: Problem, tiles: int, block_n: int) -> Optional[torch.Tensor
         return None
     bounds = torch.empty(start.shape[0], tiles, 4, dtype=torch.int32, device=start.device)
     T, S = problem.numbers["T"], problem.numbers["S"]
-    bounds_kernel[(tiles, start.shape[0])](
+    bounds_kernel[(tiles * start.shape[0],)](
         start,
         end,
         bounds,

@@ -10,6 +10,7 @@ from .launch import INTERPRET, Problem
 from .tiles import (
     LOWEST,
     SOFTPICK_EPS,
+    aligned,
     hidden_score,
     inside,
     key_range,
@@ -25,7 +26,7 @@ from .visibility import Visible
 _INTEGERS = [
     "B", "T", "S", "H", "tiles", "heads", "chunk_heads", "offset", "left", "right", "splits",
     "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h",
-    "srow_b", "skey_b", "sm_b", "sm_h",
+    "srow_b", "skey_b", "sm_b", "sm_h", "sm_t",
 ]  # fmt: skip
 
 
@@ -45,16 +46,14 @@ def _attend(
     for n0 in tl.range(lo, hi, BN):
         o_n = n0 + o_tile
         m_n = o_n < hi
-        if HAS_KEYS:
-            m_n = m_n & (tl.load(keys + o_n, mask=m_n, other=0) != 0)
-        b_k = load_tile(k, n0, o_tile, sk_t, m_n, D, BD, MASKED or HAS_KEYS, WIDE)
+        b_k = load_tile(k, n0, o_tile, sk_t, m_n, D, BD, MASKED, WIDE)
         # [BM, BN]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if NEGATE:
             b_s = -b_s
         if NORMALIZER == "rectified_softmax":
             b_s = tl.where(b_s < 0, float("-inf"), b_s)
-        b_v = load_tile(v, n0, o_tile, sv_t, m_n, DV, BDV, MASKED or HAS_KEYS, WIDE)
+        b_v = load_tile(v, n0, o_tile, sv_t, m_n, DV, BDV, MASKED, WIDE)
         if EXACT:
             b_bad = (b_v != b_v) | (tl.abs(b_v) == float("inf"))
             b_v = tl.where(b_bad, 0.0, b_v)
@@ -62,10 +61,11 @@ def _attend(
         if MASKED:
             b_s = tl.where(inside(o_n[None, :], b_start[:, None], b_end[:, None]), b_s, hidden_score(NORMALIZER))
         if HAS_KEYS:
-            b_s = tl.where(m_n[None, :], b_s, hidden_score(NORMALIZER))
+            b_seen = tl.load(keys + o_n, mask=m_n, other=0) if MASKED else tl.load(keys + o_n)
+            b_s = tl.where((b_seen != 0)[None, :], b_s, hidden_score(NORMALIZER))
         if HAS_MASK:
-            p_mask = mask + (o_t.to(tl.int64) * sm_t)[:, None] + o_n[None, :]
-            b_seen = tl.load(p_mask, mask=(m_t[:, None] & (o_n < hi)[None, :]) if MASKED else m_t[:, None], other=0)
+            p_mask = mask + (o_t * sm_t)[:, None] + aligned(o_n)[None, :]
+            b_seen = tl.load(p_mask, mask=(m_t[:, None] & m_n[None, :]) if MASKED else m_t[:, None], other=0)
             b_s = tl.where(b_seen != 0, b_s, hidden_score(NORMALIZER))
         # A whole number: scaling by 2^-m is then exact, and so is a weight of 0 for a score of 0.
         b_m_new = tl.maximum(b_m, tl.ceil(tl.max(b_s, 1) * scale))
@@ -88,7 +88,7 @@ def forward_kernel(
     q, k, v, out, level, total, start, end, keys, mask, scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right, splits,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, srow_b, skey_b, sm_b, sm_h, sm_t,
-    UNIT: tl.constexpr, G: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, G: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
@@ -126,9 +126,10 @@ def forward_kernel(
     if HAS_KEYS:
         keys += i_b * skey_b
     if HAS_MASK:
-        mask += i_b * sm_b
+        mask += i_b * sm_b * MASK_UNIT
         if not PACK:
-            mask += (i_bh % H).to(tl.int64) * sm_h
+            mask += (i_bh % H).to(tl.int64) * sm_h * MASK_UNIT
+        sm_t = sm_t.to(tl.int64) * MASK_UNIT
     if ROWS == "given":
         start += i_b * srow_b
         end += i_b * srow_b
@@ -136,7 +137,7 @@ def forward_kernel(
     b_start, b_end = visible_interval(start, end, o_t, T, S, offset, left, right, ROWS, LEFT)
     lo, hi, inner_lo, inner_hi = key_range(b_start, b_end, m_t)
     if HAS_MASK:
-        lo = lo // BN * BN  # Aligned, so that many elements of the mask are loaded at once.
+        lo = lo // BN * BN  # For `aligned`.
     if SPLIT:
         part = tl.cdiv(tl.cdiv(hi - lo, splits), BN) * BN
         lo = tl.minimum(lo + i_split * part, hi)
@@ -261,7 +262,8 @@ def attention_forward(
         out, lse = attention_forward(q.float(), k.float(), v.float(), visible, scale, normalizer, num_splits, config)
         return out.to(v.dtype), lse
     problem = Problem.of(q, k, v, visible, scale, normalizer)
-    B, T, H, DV, G = q.shape[0], q.shape[1], q.shape[2], v.shape[3], problem.flags["G"]
+    B, T, H = q.shape[:3]
+    S, DV, G = k.shape[1], v.shape[3], problem.flags["G"]
     out = torch.empty(B, T, H, DV, dtype=v.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     if out.numel() == 0 or lse.numel() == 0:
@@ -275,7 +277,8 @@ def attention_forward(
     def launch(config: Config) -> None:
         nonlocal splits, parts
         tiles = triton.cdiv(rows, config.block_m)
-        splits = num_splits or decode_splits(problem.target, T, k.shape[1], tiles * heads, config.block_n)
+        parts = (out, lse, None)
+        splits = num_splits or decode_splits(problem.target, T, S, tiles * heads, config.block_n)
         if splits > 0:
             empty = dict(dtype=torch.float32, device=q.device)
             parts = (
@@ -285,10 +288,9 @@ def attention_forward(
             )
         forward_kernel[(tiles * heads, max(splits, 1))](
             problem.q, problem.k, problem.v, *parts, **problem.rows, **problem.numbers, **problem.strides(),
-            scale=problem.scale, tiles=tiles, heads=heads, chunk_heads=problem.heads_at_once(heads),
-            splits=max(splits, 1), **problem.flags, WIDE=problem.wide, PACK=pack, SPLIT=splits > 0,
-            BM=config.block_m, BN=config.block_n,
-            **config.launch(),
+            scale=problem.scale, tiles=tiles, heads=heads,
+            chunk_heads=problem.heads_at_once(heads, S if pack else S / G), splits=max(splits, 1), **problem.flags,
+            WIDE=problem.wide, PACK=pack, SPLIT=splits > 0, BM=config.block_m, BN=config.block_n, **config.launch(),
         )  # fmt: skip
 
     with problem.device():

@@ -1,6 +1,7 @@
 """The public functions: arguments as in flash_attn 2, layout [B, T, H, D], any strides but a dense last dimension.
 
-No torch operator is registered here, as the Hub's kernels must not; hf_softpick does that for torch.compile.
+No torch operator is registered here, as the Hub's kernels must not: torch.compile leaves its graph at these functions.
+hf_softpick registers operators, which stay inside.
 """
 
 import operator
@@ -43,6 +44,7 @@ class _Attention(torch.autograd.Function):
         return (*gradients, *(None,) * 8)
 
 
+@torch.compiler.disable
 def attend(
     q: Tensor,
     k: Tensor,
@@ -63,6 +65,7 @@ def attend(
     return _Attention.apply(q, k, v, *fields, rest, scale, normalizer, deterministic)
 
 
+@torch.compiler.disable
 def softpick_attn_func(
     q: Tensor,
     k: Tensor,
@@ -122,6 +125,7 @@ def softpick_attn_func(
     return _result(attend(q, k, v, visible, scale, normalizer, deterministic), return_lse)
 
 
+@torch.compiler.disable
 def softpick_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -185,6 +189,7 @@ def softpick_attn_varlen_func(
     return _result((out[0], lse[0]), return_lse)
 
 
+@torch.compiler.disable
 def softpick_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

@@ -19,7 +19,7 @@ MAX_HEAD_DIM = 256
 MAX_BLOCK = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = 1.0 / math.log(2.0)
-# Keys and values of the heads that run side by side should fit the level-2 cache: half of the 50 MB of Hopper.
+# What heads that run side by side read again and again should fit the level-2 cache: half of the 50 MB of Hopper.
 _CACHE_BYTES = 25_000_000
 
 
@@ -52,6 +52,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, normalizer: str = "softpick") 
         )
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k, v are on {q.device}, {k.device} and {v.device}, expected one device")
+    if q.device.type == "meta":
+        raise ValueError("q is on the meta device, expected a GPU: these kernels compute with real data only")
     if q.device.type == "cpu" and not INTERPRET:
         raise ValueError(
             "q is on the CPU, expected a GPU. Move the tensors, use the package's 'tiled' on CPU, or set "
@@ -108,7 +110,9 @@ class Problem(NamedTuple):
         given = visible.start is not None
         left, right = window_bounds(visible.causal, visible.window)
         banded = not given and (left >= 0 or right >= 0)
-        rows = dict(start=None, end=None, srow_b=0, keys=None, skey_b=0, mask=None, sm_b=0, sm_h=0, sm_t=0)
+        rows = dict(
+            start=None, end=None, srow_b=0, keys=None, skey_b=0, mask=None, sm_b=0, sm_h=0, sm_t=0, MASK_UNIT=1
+        )
         if given:
             start, end = visible.start.contiguous(), visible.end.contiguous()
             rows.update(start=start, end=end, srow_b=start.shape[1] if start.shape[0] > 1 else 0)
@@ -119,7 +123,9 @@ class Problem(NamedTuple):
             # Dense along the keys, so that many are loaded at once; a mask of one column is widened.
             mask = dense_rows(visible.mask.expand(*visible.mask.shape[:3], k.shape[1]))
             mask = mask.view(torch.uint8).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-            rows.update(mask=mask, **dict(zip(("sm_b", "sm_h", "sm_t"), mask.stride())))
+            unit = 16 if all(stride % 16 == 0 for stride in mask.stride()[:3]) else 1
+            rows.update(mask=mask, **{name: s // unit for name, s in zip(("sm_b", "sm_h", "sm_t"), mask.stride())})
+            rows.update(MASK_UNIT=unit)
         numbers = dict(
             B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], offset=visible.offset,
             left=left if left >= 0 else FAR_AWAY, right=right if right >= 0 else FAR_AWAY,
@@ -154,10 +160,10 @@ class Problem(NamedTuple):
         """Whether the rows of a tile are too far apart for 32-bit offsets."""
         return max(x.stride(1) for x in (self.q, self.k, self.v)) * MAX_BLOCK >= 2**31
 
-    def heads_at_once(self, heads: int) -> int:
-        """How many of `heads` programs a row should share the cache."""
-        bytes_of_head = self.k.shape[1] * (self.flags["D"] + self.flags["DV"]) * self.k.element_size()
-        return max(1, min(heads, _CACHE_BYTES // max(bytes_of_head, 1)))
+    def heads_at_once(self, heads: int, rows: float) -> int:
+        """How many of `heads` programs should run side by side, if each reads `rows` vectors of both dimensions."""
+        bytes_of_head = rows * (self.flags["D"] + self.flags["DV"]) * self.q.element_size()
+        return max(1, min(heads, int(_CACHE_BYTES / max(bytes_of_head, 1))))
 
     def device(self) -> Any:
         """Context in which kernels are launched on the device of the tensors, not on the current one."""

@@ -89,6 +89,12 @@ def load_tile(
 
 
 @triton.jit
+def aligned(o_n):
+    """Columns of a dense mask, which are loaded many at once: tiles begin at multiples of 16 where there is one."""
+    return tl.max_contiguous(tl.multiple_of(o_n, 16), 16)
+
+
+@triton.jit
 def hidden_score(NORMALIZER: tl.constexpr):
     """The raw score of a key that is not seen: 0 adds nothing to softpick's sums, -inf nothing to softmax's."""
     if NORMALIZER == "softpick":
