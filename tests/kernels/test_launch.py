@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from softpick_attention import backward, forward, interface, launch, tuning, visibility
+from softpick_attention import backward, forward, interface, kvcache, launch, tuning, visibility
 from softpick_attention.tuning import Target
 
 KERNELS = [
@@ -98,7 +98,7 @@ def test_cache_length_does_not_compile_again(compiled):
     for length in (1, 15, 16, 17, 128, 1000, 4096, 100_000):
         cache = torch.zeros(1, length, 2, 64, dtype=torch.bfloat16)
         query = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
-        interface.softpick_attn_with_kvcache(query, cache, cache)
+        kvcache.softpick_attn_with_kvcache(query, cache, cache)
         if length == 1:
             first = compiled()
     assert compiled() == first > 0

@@ -14,7 +14,8 @@ except ImportError as error:
 from .backward import attention_backward as attention_backward
 from .forward import attention_forward as attention_forward
 from .hub import flash_attn_forward, supports_flash_attn
-from .interface import softpick_attn_func, softpick_attn_varlen_func, softpick_attn_with_kvcache
+from .interface import softpick_attn_func, softpick_attn_varlen_func
+from .kvcache import softpick_attn_with_kvcache
 from .launch import INTERPRET as INTERPRET
 from .launch import check_inputs as check_inputs
 from .visibility import Visible as Visible
