@@ -25,7 +25,7 @@ NORMALIZERS = ("softpick", "softmax", "rectified_softmax")
 DOCUMENTS = {"doc_one": (0,), "doc_short": (0, 1, 2), "doc_empty": (0, 0, 5, 5), "doc_window": (0, 9, 9, 40)}
 KINDS = tuple(
     "all causal top_left window band doc_one doc_short doc_empty doc_window doc_full doc_top_left padded holes "
-    "mask_bh mask_b1 mask_row given joined".split()
+    "mask_bh mask_b1 mask_row mask_column given joined".split()
 )
 
 
@@ -165,8 +165,13 @@ def visibility(case: Case, device: torch.device | str = "cpu") -> tuple[Visible,
         keys = index >= S // 3 if case.kind == "padded" else index % 3 != 0
         visible, mask = visible._replace(keys=keys), causal & keys[:, None, None]
     elif case.kind.startswith("mask"):
-        shape = {"mask_bh": (B, H, T), "mask_b1": (B, 1, T), "mask_row": (1, 1, 1)}[case.kind]
-        mask = torch.rand(*shape, S, generator=generator) > 0.4
+        shapes = {
+            "mask_bh": (B, H, T, S),
+            "mask_b1": (B, 1, T, S),
+            "mask_row": (1, 1, 1, S),
+            "mask_column": (B, 1, T, 1),
+        }
+        mask = torch.rand(shapes[case.kind], generator=generator) > 0.4
         mask[..., mask.shape[2] // 2, :] &= case.kind == "mask_row"
         visible = Visible(mask=mask)
     else:

@@ -31,6 +31,11 @@ def place(x: Tensor, layout: str = "dense") -> Tensor:
     return placed.copy_(x)
 
 
+def every_second(x: Tensor, filler: Tensor) -> Tensor:
+    """`x` with an element of `filler` behind each of its own."""
+    return torch.stack([x, filler.expand_as(x)], -1).flatten(-2)[..., ::2]
+
+
 class Guarded(types.SimpleNamespace):
     """Stands in for the module torch: what it allocates is uninitialised in the worst way, and has guarded borders.
 

@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
+import torch
 from kernel_cases import VALUES, Case, check_case, covering, inputs, pairs_of, visibility
-from kernel_memory import guarded, place
+from kernel_memory import every_second, guarded, place
 
 from softpick_attention import launch
 from softpick_attention.tuning import Target
@@ -27,13 +28,14 @@ def agrees(case: Case, monkeypatch, device_of) -> None:
     device_of(case.processors)
     with guarded(monkeypatch):
         visible, mask = visibility(case)
-        tensors = [place(x, case.layout) for x in inputs(case)]
-        seen = {
-            name: place(x, "gaps" if name == "mask" and case.layout == "gaps" else "dense")
-            for name, x in visible._asdict().items()
-            if x is not None and hasattr(x, "dtype")
-        }
-        check_case(case, *tensors, visible._replace(**seen), mask)
+        given = {name: x for name, x in visible._asdict().items() if isinstance(x, torch.Tensor)}
+        if case.layout == "gaps":
+            # Between hidden keys lie visible ones, and the other way round.
+            given = {name: every_second(x, ~x) for name, x in given.items()}
+        else:
+            layout = {"offset": "gaps"}.get(case.layout, case.layout)
+            given = {name: place(x, layout if x.ndim == 4 else "dense") for name, x in given.items()}
+        check_case(case, *(place(x, case.layout) for x in inputs(case)), visible._replace(**given), mask)
 
 
 @pytest.mark.parametrize("case", covering(60, SMALL), ids=lambda case: case.id)

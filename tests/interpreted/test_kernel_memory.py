@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import Case, check_results, document_mask, inputs
-from kernel_memory import guarded, place
+from kernel_memory import every_second, guarded, place
 
 import softpick_attention
 from softpick_attention.backward import attention_backward
@@ -20,7 +20,7 @@ STRIDES = {
     "heads_first": lambda x: place(x, "heads_first"),
     "gaps": lambda x: place(x, "gaps"),
     "offset_1": lambda x: place(x, "offset"),
-    "every_second": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2],
+    "every_second": lambda x: every_second(x, torch.tensor(torch.nan)),
     "one_batch_row": lambda x: place(x[:1]).expand_as(x),
     "one_token": lambda x: place(x[:, :1]).expand_as(x),
     "one_head": lambda x: place(x[:, :, :1]).expand_as(x),
@@ -91,6 +91,9 @@ check("many keys", 1, 16, 520, 1, 1, 1, 2**22 + 16, KEYS)
 check("two tokens", 1, 2, 2, 1, 1, 1, 2**31 + 16, ALL)
 check("heads", 1, 16, 16, 2, 2, 2, 2**31 + 16, ALL)
 check("batch", 2, 16, 16, 1, 1, 0, 2**31 + 16, ALL)
+check("three tokens", 1, 3, 3, 1, 1, 1, 2**30 + 1, ALL)
+check("three heads", 1, 16, 16, 3, 3, 2, 2**30 + 1, ALL)
+check("three batch rows", 3, 16, 16, 1, 1, 0, 2**30 + 1, ALL)
 check("decoding, keys", 1, 1, 130, 2, 1, 1, 2**24 + 16, KEYS, 2)
 check("decoding, shared heads", 1, 2, 16, 2, 1, 2, 2**31 + 16, ((Q,),), 2)
 check("decoding, batch", 2, 1, 16, 2, 1, 0, 2**31 + 16, ALL, 2)
@@ -132,10 +135,12 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("top_left", [True, False], ids=["top_left", "bottom_right"])
 def test_intervals_of_documents(dtype, window, causal, top_left, monkeypatch):
-    """More queries than a program of the kernel takes, empty documents everywhere, and queries behind the last."""
+    """More queries than a program of the kernel takes, empty documents everywhere, and queries before the first and
+    behind the last."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(0, 40, (2, 31), generator=generator) * (torch.rand(2, 31, generator=generator) > 0.3)
-    cu_q, cu_k = ([0, *row.cumsum(0).tolist()] for row in lengths)
+    lengths[:, 0] = 4
+    cu_q, cu_k = (row.cumsum(0).tolist() for row in lengths)
     beyond = 5
     with guarded(monkeypatch):
         boundaries = (place_row(torch.tensor(cu, dtype=dtype)) for cu in (cu_q, cu_k))
