@@ -48,12 +48,12 @@ def test_a_row_that_does_not_fit_is_seen():
     row = Row("sm90", "forward", "bf16", 64)
     good = {"shared": 1000, "spilled": 0, "spills_in_loop": 0}
     assert fits(row, good)
-    for bad in (
-        {"shared": SHARED_LIMIT["sm90"] + 1},
-        {"spilled": kernel_table.SPILL_LIMIT + 1},
-        {"spills_in_loop": 1},
+    for name, limit in (
+        ("shared", SHARED_LIMIT["sm90"]),
+        ("spilled", kernel_table.SPILL_LIMIT),
+        ("spills_in_loop", kernel_table.LOOP_SPILL_LIMIT),
     ):
-        assert not fits(row, good | bad)
+        assert fits(row, good | {name: limit}) and not fits(row, good | {name: limit + 1})
 
 
 def _instructions(kernel: str, dim: int, normalizer: str) -> float:
