@@ -225,6 +225,8 @@ def main() -> None:
     options = parser.parse_args()
     table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     if options.show:
+        if not table["rows"]:
+            parser.error(f"{RESULTS} does not exist yet: run this script without --show first")
         print(markdown(table))
         return
     work = [row for row in rows() if options.only in (None, row[0])]
