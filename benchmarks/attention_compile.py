@@ -6,9 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
-from attention_cases import Case
 from attention_peers import Peer
 from attention_reference import check
+from gpu_cases import Case
 
 Job = tuple[Peer, Case, bool]
 MOST_PROCESSES = 12  # each holds a context of about half a GiB on the device

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from attention_cases import FLEX_LENGTHS, ITEM_BYTES, Case
 from attention_reference import ROOT, Attention, Unavailable
+from gpu_cases import FLEX_LENGTHS, ITEM_BYTES, Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from attention_cases import Case
+from gpu_cases import Case
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent

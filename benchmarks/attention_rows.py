@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attention_cases import WORKS, Case
+from gpu_cases import WORKS, Case
 from measure import quantile, ratio
 
 Row = dict[str, Any]

@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from attention_cases import Case, matched_length
 from attention_compile import Job, check_in_parallel, check_job
 from attention_peers import Peer, ancestor, autotuned, our_configuration, peers
 from attention_reference import LIMITS, Attention, difference, inputs, results, tail_difference
 from attention_rows import DENSE, MATCHED, PROMISES, Row, line_of, rows_of, verdict, works_of
+from gpu_cases import Case, matched_length
 from gpu_timing import MOST_TURNS, Step, Stopwatch, cache_bytes, copy_bandwidth, gpu_facts, in_turns
 from measure import RESULTS, environment
 from roofline import chip_of

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 import torch
-from attention_cases import ITEM_BYTES, SECTIONS, plan, smoke_plan
 from attention_rows import verdict_line
 from attention_run import Benchmark
+from gpu_cases import ITEM_BYTES, SECTIONS, plan, smoke_plan
 from roofline import plot
 
 

@@ -14,15 +14,15 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(BENCHMARKS))
-    import attention_cases
     import attention_compile
     import attention_peers
     import attention_reference
     import attention_rows
     import gpu_attention
+    import gpu_cases
     import gpu_timing
     import roofline
-    from attention_cases import Case
+    from gpu_cases import Case
 
 DENSE = Case("dense", 4, 32, 32, 4096, 4096, 64)
 
@@ -52,7 +52,7 @@ def test_flop_of_packed_documents():
 
 def test_bytes_of_decoding():
     """Keys and values of every KV head once, and a little for query and output."""
-    case = attention_cases.decode(16, 8192, 128, "bfloat16")
+    case = gpu_cases.decode(16, 8192, 128, "bfloat16")
     assert (case.batch, case.kv_heads, case.heads, case.in_flight) == (2, 8, 32, 16)
     assert case.bytes == 2 * (2 * 8192 * 8 * 128) * 2 + 2 * (2 * 32 * 128) * 2
     times = {"softpick": {"forward": [0.02, 0.01, 0.04]}}
@@ -123,22 +123,22 @@ def test_decode_promise_is_about_long_caches():
 
 def test_document_lengths_fill_the_rows():
     """No token is dropped, no document crosses a row, and some were cut there."""
-    lengths = attention_cases.document_lengths(8, 2048)
+    lengths = gpu_cases.document_lengths(8, 2048)
     assert sum(lengths) == 8 * 2048 and min(lengths) > 0 and max(lengths) <= 2048
     ends = {sum(lengths[: n + 1]) for n in range(len(lengths))}
     assert ends >= {2048 * n for n in range(1, 9)}
-    assert lengths != attention_cases.document_lengths(8, 2048, seed=1)
-    assert 490 < statistics.median(attention_cases.document_lengths(64, 2**20)) < 590
+    assert lengths != gpu_cases.document_lengths(8, 2048, seed=1)
+    assert 490 < statistics.median(gpu_cases.document_lengths(64, 2**20)) < 590
 
 
 def test_matched_length_has_the_same_pairs_a_token():
-    assert attention_cases.matched_length((1024,) * 4) == 1024
-    assert attention_cases.matched_length((2048, 1, 1, 1)) == 2048
-    assert attention_cases.matched_length((5, 5)) == 128
+    assert gpu_cases.matched_length((1024,) * 4) == 1024
+    assert gpu_cases.matched_length((2048, 1, 1, 1)) == 2048
+    assert gpu_cases.matched_length((5, 5)) == 128
 
 
 def test_the_plan_covers_what_is_promised():
-    cases = attention_cases.plan(attention_cases.SECTIONS, "bfloat16")
+    cases = gpu_cases.plan(gpu_cases.SECTIONS, "bfloat16")
     assert {(c.queries, c.dim) for c in cases if c.kind == "dense"} == {
         (length, dim) for length in (1024, 2048, 4096, 8192, 16384, 32768) for dim in (64, 128)
     }
@@ -149,7 +149,7 @@ def test_the_plan_covers_what_is_promised():
     flights = [c.in_flight for c in cases if c.kind == "decode"]
     assert (min(flights), max(flights)) == (8, 256)
     assert {c.keys for c in cases if c.kind == "decode"} == {1024, 8192, 32768, 131072}
-    assert {c.kind for c in attention_cases.plan(("decode",), "float16")} == {"decode"}
+    assert {c.kind for c in gpu_cases.plan(("decode",), "float16")} == {"decode"}
     assert len({c.name for c in cases}) == len(cases)
 
 
@@ -206,7 +206,7 @@ def test_turns_rotate_neighbours_and_inputs():
 @pytest.mark.parametrize("kind", ["dense", "gqa", "packed", "decode"])
 def test_the_reference_finds_a_wrong_kernel(kind):
     """Another normalizer, or keys of other documents, are no rounding error; the truth in bfloat16 is."""
-    case = next(c for c in attention_cases.plan(attention_cases.SECTIONS, "bfloat16") if c.kind == kind).small(64)
+    case = next(c for c in gpu_cases.plan(gpu_cases.SECTIONS, "bfloat16") if c.kind == kind).small(64)
 
     def rounded(normalizer):
         exact = attention_reference.reference(case, normalizer)
@@ -225,7 +225,7 @@ def test_the_reference_finds_a_wrong_kernel(kind):
 @pytest.mark.parametrize("kind", ["dense", "packed", "decode"])
 def test_the_far_end_is_compared_at_any_size(kind):
     """What is right at the start and wrong in the last sequence is seen at the size that is timed."""
-    case = next(c for c in attention_cases.plan(attention_cases.SECTIONS, "float32") if c.kind == kind).small(100)
+    case = next(c for c in gpu_cases.plan(gpu_cases.SECTIONS, "float32") if c.kind == kind).small(100)
     given = attention_reference.inputs(case, "cpu", False)
     out = attention_reference.reference(case, "softmax")(*(x.double() for x in given[:3])).float()
     assert attention_reference.tail_difference(out, given, case, "softmax") == ""
