@@ -44,10 +44,8 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may use.
 SHARED_LIMIT = {"sm80": 166912, "sm86": 101376, "sm90": 232448, "sm100": 232448, "gfx9": 65536}
-# Bytes of stack a thread may spill round the main loop, where it is paid once a tile of queries, and instructions that
-# move a spilled register inside, of hundreds.
+# Bytes of stack a thread may spill round the main loop, where it is paid once a tile of queries. Inside: none.
 SPILL_LIMIT = 160
-LOOP_SPILL_LIMIT = 1
 KERNELS = {
     "forward": forward_kernel,
     "decode": forward_kernel,
@@ -156,8 +154,7 @@ def fits(row: Row, result: dict) -> bool:
     """Whether a result of `compile_row` keeps the limits; dense masks, which are slow anyway, may spill."""
     if result["shared"] > SHARED_LIMIT[row[0]]:
         return False
-    spills_in_loop = result.get("spills_in_loop", 0)
-    return row[5] or (result["spilled"] <= SPILL_LIMIT and spills_in_loop <= LOOP_SPILL_LIMIT)
+    return row[5] or (result["spilled"] <= SPILL_LIMIT and not result.get("spills_in_loop"))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

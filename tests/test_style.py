@@ -11,8 +11,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SKIP = {"runs", "wandb", "build", "dist", "__pycache__"}
 LIMIT = 450
-# A kernel and what launches it are read together.
-KERNEL_LIMIT = 500
 MACHINE = re.compile(r"(?<![\w.])/(?:work|home|root|Users|mnt|opt)/[a-z]|[A-Z]:\\\\Users")
 EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b")
 
@@ -33,11 +31,9 @@ def test_ruff(command):
 
 def test_files_do_one_job():
     """Long files do several; about 300 lines is the aim, this is the end."""
-    long = {}
-    for path in _files(".py"):
-        limit = KERNEL_LIMIT if path.is_relative_to(ROOT / "kernels") else LIMIT
-        if (lines := len(path.read_text().splitlines())) > limit:
-            long[str(path.relative_to(ROOT))] = lines
+    long = {
+        str(path.relative_to(ROOT)): n for path in _files(".py") if (n := len(path.read_text().splitlines())) > LIMIT
+    }
     assert long == {}
 
 

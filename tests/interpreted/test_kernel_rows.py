@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_cases import EXTREME_ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import NORMALIZERS, Case, inputs, within
@@ -14,21 +15,7 @@ from softpick_attention import softpick_attn_func, softpick_attn_varlen_func
 from softpick_attention.forward import attention_forward
 from softpick_attention.visibility import Visible, document_intervals
 
-EXTREMES = torch.tensor(
-    [
-        [1e4, -1e4, 3.0, 0.0],
-        [1e4, 1e4, -1e4, 9990.0],
-        [-1e4, -1e4, -1e4, -1e4],
-        [-1e4, -5.0, -30.0, -80.0],
-        [0.0, 0.0, 0.0, 0.0],
-        [1e-5, -1e-5, 1e-5, 1e-5],
-        [1e-5, -1e-5, 60.0, 1e-5],
-        [88.0, 89.0, 90.0, -89.0],
-        [127.5, 128.5, -126.5, 1.0],
-        [-0.5, -0.25, 1e-3, -1e4],
-        [5.0, 6.0, 7.0, 8.0],
-    ]
-)
+EXTREMES = torch.tensor([*EXTREME_ROWS[:-1], [127.5, 128.5, -126.5, 1.0], EXTREME_ROWS[-1]])
 NOTHING_POSITIVE = [2, 3, 4]
 NAMES, RTOL = ("out", "dq", "dk", "dv"), (4e-3, 4e-3, 4e-3, 2e-2)
 
@@ -215,6 +202,18 @@ def test_a_bad_value_spoils_no_gradient_of_a_row_that_cannot_see_it(normalizer, 
     out = softpick_attn_func(*tensors, causal=True, normalizer=normalizer, deterministic=deterministic)
     dq = torch.autograd.grad(out, tensors, grad)[0]
     assert dq[0, :20].isfinite().all() and dq[0, 20:].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_a_bad_query_shows_in_every_gradient_that_it_reaches(normalizer, deterministic):
+    """The maximum with 0 would drop the NaN of its weights, and dv would look sound."""
+    q, k, v, grad = inputs(Case(length=40, heads=(1, 1)))
+    q = q.index_fill(1, torch.tensor(20), math.nan)
+    tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = softpick_attn_func(*tensors, causal=True, normalizer=normalizer, deterministic=deterministic)
+    dq, dk, dv = torch.autograd.grad(out, tensors, grad)
+    assert dq[0, 20].isnan().all() and dk[0, :21].isnan().all() and dv[0, :21].isnan().all()
 
 
 @pytest.mark.parametrize("token", [0, 1, 31, 32, 50, 69])

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_softpick import close, oracle, tiny_model, tokens, without_package
+from tiny_softpick import close, count_kernel_calls, oracle, tiny_model, tokens, without_package
 from torch import Tensor
 from torch.testing import assert_close
 from training_runs import losses, write_recipe, write_text
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from hf_softpick.modeling import attention_softpick, attention_triton
+from hf_softpick.modeling import attention_triton
 from hf_softpick.modeling.attention_masks import visible_keys
 from hf_softpick.modeling.attention_tiled import tiled_attention
 from hf_softpick.modeling.attention_triton import triton_attention
@@ -39,14 +39,7 @@ def fresh_compiler():
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of the kernels, by implementation."""
-    ran = []
-
-    def counted(*arguments):
-        ran.append("triton" if arguments[-1] else "triton_fast")
-        return triton_attention(*arguments)
-
-    monkeypatch.setattr(attention_softpick, "triton_attention", counted)
-    return ran
+    return count_kernel_calls(monkeypatch)
 
 
 def outcome(model, implementation: str, **arguments) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from softpick_attention import backward, forward, interface, kvcache, launch, tuning, visibility
+from softpick_attention import backward, backward_prepare, forward, interface, kvcache, launch, tuning, visibility
 from softpick_attention.tuning import Target
 
 KERNELS = [
@@ -24,8 +24,8 @@ KERNELS = [
     forward.combine_kernel,
     backward.dq_kernel,
     backward.dkv_kernel,
-    backward.delta_kernel,
-    backward.bounds_kernel,
+    backward_prepare.delta_kernel,
+    backward_prepare.bounds_kernel,
     visibility._intervals_kernel,
 ]
 

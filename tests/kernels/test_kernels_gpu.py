@@ -22,6 +22,7 @@ from kernel_checks import (
 
 from softpick_attention import (
     backward,
+    backward_prepare,
     forward,
     softpick_attn_func,
     softpick_attn_varlen_func,
@@ -98,8 +99,8 @@ def test_races_for_long(deterministic, kind, dim):
 KERNELS = (
     forward.forward_kernel,
     forward.combine_kernel,
-    backward.delta_kernel,
-    backward.bounds_kernel,
+    backward_prepare.delta_kernel,
+    backward_prepare.bounds_kernel,
     backward.dq_kernel,
     backward.dkv_kernel,
     visibility._intervals_kernel,

@@ -7,6 +7,19 @@ from hf_softpick.modeling.normalizers import SOFTPICK_EPS, reference_attention
 
 CPU = torch.device("cpu")
 BASES = ["softpick", "softmax", "rectified_softmax"]
+# Scores of four keys at which formulas for softpick break: overflow, no positive score, only zeros, cancellation.
+EXTREME_ROWS = (
+    [1e4, -1e4, 3.0, 0.0],
+    [1e4, 1e4, -1e4, 9990.0],
+    [-1e4, -1e4, -1e4, -1e4],
+    [-1e4, -5.0, -30.0, -80.0],
+    [0.0, 0.0, 0.0, 0.0],
+    [1e-5, -1e-5, 1e-5, 1e-5],
+    [1e-5, -1e-5, 60.0, 1e-5],
+    [88.0, 89.0, 90.0, -89.0],
+    [-0.5, -0.25, 1e-3, -1e4],
+    [5.0, 6.0, 7.0, 8.0],
+)
 
 
 def positions(batch, length, seed=0):

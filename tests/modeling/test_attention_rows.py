@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import BASES, CPU, inputs, positions, run
+from attention_cases import BASES, CPU, EXTREME_ROWS, inputs, positions, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -31,20 +31,12 @@ def weights_of(rows, normalizer="softpick", mask=None, dtype=torch.float32):
 
 EXTREMES = torch.tensor(
     [
-        [1e4, -1e4, 3.0, 0.0],
-        [1e4, 1e4, -1e4, 9990.0],
-        [-1e4, -1e4, -1e4, -1e4],
-        [-1e4, -5.0, -30.0, -80.0],
-        [0.0, 0.0, 0.0, 0.0],
-        [1e-5, -1e-5, 1e-5, 1e-5],
-        [1e-5, -1e-5, 60.0, 1e-5],
+        *EXTREME_ROWS[:-1],
         [LIMIT - 1e-3, LIMIT - 2, -LIMIT, 1.0],
         [LIMIT + 1e-3, LIMIT - 2, -LIMIT, 1.0],
         [LIMIT + 1e-3, 100.0, -100.0, LIMIT - 1e-3],
         [-LIMIT - 1e-3, -LIMIT + 1e-3, -LIMIT, -40.0],
-        [88.0, 89.0, 90.0, -89.0],
-        [-0.5, -0.25, 1e-3, -1e4],
-        [5.0, 6.0, 7.0, 8.0],
+        EXTREME_ROWS[-1],
     ]
 )
 

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_softpick import NORMALIZERS, SIZES, tiny_model, tokens
+from tiny_softpick import NORMALIZERS, SIZES, count_kernel_calls, tiny_model, tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_softpick.modeling import attention_softpick
 from hf_softpick.modeling.attention_softpick import resolve_auto
-from hf_softpick.modeling.attention_triton import triton_attention
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -32,14 +30,7 @@ def exact_products():
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of the kernels, by implementation."""
-    ran = []
-
-    def counted(*arguments):
-        ran.append("triton" if arguments[-1] else "triton_fast")
-        return triton_attention(*arguments)
-
-    monkeypatch.setattr(attention_softpick, "triton_attention", counted)
-    return ran
+    return count_kernel_calls(monkeypatch)
 
 
 def inputs(kind: str) -> dict[str, torch.Tensor]:

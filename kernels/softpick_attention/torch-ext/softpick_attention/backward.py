@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .backward_prepare import query_bounds, row_sums
 from .launch import INTERPRET, Problem, dense_rows
 from .tiles import (
-    FAR,
     aligned,
     inside,
     key_range,
@@ -31,56 +31,6 @@ _INTEGERS = [
     "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h", "sg_b", "sg_t", "sg_h",
     "srow_b", "skey_b", "sm_b", "sm_h", "sm_t", "sbound_b",
 ]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T", "H", "sg_b", "sg_t", "sg_h"])
-def delta_kernel(
-    out, grad, lse, delta, floor, T, H, sg_b, sg_t, sg_h, UNIT: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
-    BDV: tl.constexpr, NORMALIZER: tl.constexpr,
-):  # fmt: skip
-    """delta = <o, do> and floor = 2^-L of BM queries of a head; both [B, H, T] float32."""
-    # A grid may be longer than 65535 along its first side only.
-    i_bh = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    t0 = tl.program_id(1) * BM
-    o_t = t0 + tl.arange(0, BM)
-    m_t = o_t < T
-    p_o = out + (i_b * T * H + i_h) * DV
-    p_g = grad + (i_b * sg_b + i_h * sg_h) * UNIT
-    b_o = load_tile(p_o, t0, tl.arange(0, BM), H * DV, m_t, DV, BDV, True, True)
-    b_do = load_tile(p_g, t0, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, True)
-    tl.store(delta + i_bh * T + o_t, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1), mask=m_t)
-    if NORMALIZER == "softpick":
-        b_lse = tl.load(lse + i_bh * T + o_t, mask=m_t, other=0.0)
-        tl.store(floor + i_bh * T + o_t, tl.math.exp2(-b_lse), mask=m_t)
-
-
-@triton.jit(do_not_specialize=["T", "S", "srow_b", "tiles"])
-def bounds_kernel(start, end, bounds, T, S, srow_b, tiles, BN: tl.constexpr, BT: tl.constexpr):
-    """Which queries see a tile of keys, and which see all of it: first, last of each, int32 [B or 1, tiles, 4]."""
-    i_n = tl.program_id(0) % tiles
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    n0 = i_n * BN
-    start += i_b * srow_b
-    end += i_b * srow_b
-    lo, hi, inner_lo, inner_hi = FAR, 0, FAR, T
-    for t0 in range(0, T, BT):
-        o_t = t0 + tl.arange(0, BT)
-        m_t = o_t < T
-        b_start = tl.load(start + o_t, mask=m_t, other=0).to(tl.int32)
-        b_end = tl.minimum(tl.load(end + o_t, mask=m_t, other=0).to(tl.int32), S)
-        b_sees = m_t & (b_start < tl.minimum(b_end, n0 + BN)) & (b_end > n0)
-        lo = tl.minimum(lo, tl.min(tl.where(b_sees, o_t, FAR), 0))
-        hi = tl.maximum(hi, tl.max(tl.where(b_sees, o_t + 1, 0), 0))
-        b_all = m_t & (b_start <= n0) & (b_end >= n0 + BN)
-        inner_lo = tl.minimum(inner_lo, tl.min(tl.where(b_all, o_t, FAR), 0))
-        b_stop = m_t & (b_all == 0) & (o_t > inner_lo)
-        inner_hi = tl.minimum(inner_hi, tl.min(tl.where(b_stop, o_t, FAR), 0))
-    bounds += (i_b * tiles + i_n) * 4
-    tl.store(bounds, tl.minimum(lo, hi))
-    tl.store(bounds + 1, hi)
-    tl.store(bounds + 2, inner_lo)
-    tl.store(bounds + 3, inner_hi)
 
 
 @triton.jit
@@ -391,7 +341,7 @@ def attention_backward(
         if each_head:
             wide = dict(dtype=torch.float32, device=q.device)
             parts = torch.empty(B, S, H, D, **wide), torch.empty(B, S, H, DV, **wide)
-        bounds = _bounds(problem, tiles, config.block_n)
+        bounds = query_bounds(problem, tiles, config.block_n)
         heads = B * (H if each_head else heads_k)
         dkv_kernel[(tiles * heads,)](
             **shared, floor=floor, bounds=bounds, dq=dq_sum, dk=parts[0], dv=parts[1], tiles=tiles, heads=heads,
@@ -410,12 +360,7 @@ def attention_backward(
         )  # fmt: skip
 
     with problem.device():
-        delta_kernel[(B * H, triton.cdiv(T, 64))](
-            out, grad, lse, delta, floor, T, H, strides["sg_b"], strides["sg_t"], strides["sg_h"],
-            UNIT=strides["UNIT"], DV=DV, BM=64, BDV=problem.flags["BDV"], NORMALIZER=normalizer,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        row_sums(problem, out, grad, lse, delta, floor, strides)
         chosen = config or configuration("dkv_fast" if fast else "dkv", problem, launch_dkv)
         if fast:
             dq_sum.zero_()
@@ -428,26 +373,3 @@ def attention_backward(
         for total, part in zip((dk, dv), parts):
             total.copy_(part.unflatten(2, (heads_k, H // heads_k)).sum(3))
     return dq, dk, dv
-
-
-def _bounds(problem: Problem, tiles: int, block_n: int) -> Optional[torch.Tensor]:
-    """Queries that see each tile of keys, when the intervals are given as tensors."""
-    start, end = problem.rows["start"], problem.rows["end"]
-    if start is None:
-        return None
-    bounds = torch.empty(start.shape[0], tiles, 4, dtype=torch.int32, device=start.device)
-    T, S = problem.numbers["T"], problem.numbers["S"]
-    bounds_kernel[(tiles * start.shape[0],)](
-        start,
-        end,
-        bounds,
-        T,
-        S,
-        problem.rows["srow_b"],
-        tiles,
-        BN=block_n,
-        BT=1024,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return bounds

@@ -11,7 +11,7 @@ from triton import knobs
 from .tuning import Target, current_target
 from .visibility import FAR_AWAY, Visible, check_visible, launch_device, window_bounds
 
-# Fixed when the kernels were made, at import. Triton's interpreter computes bfloat16 wrongly: see `working_dtype`.
+# Fixed when the kernels were made, at import. Triton's interpreter computes bfloat16 wrongly: callers widen it then.
 INTERPRET = bool(knobs.runtime.interpret)
 NORMALIZERS = ("softpick", "softmax", "rectified_softmax")
 MAX_HEAD_DIM = 256

@@ -105,7 +105,7 @@ def hidden_score(NORMALIZER: tl.constexpr):
 
 @triton.jit
 def rectify(b_p, dtype: tl.constexpr, RELU: tl.constexpr):
-    """max(p, 0) in `dtype`; RELU lets the conversion do it (sm_80 and later), which saves an instruction a score."""
+    """max(p, 0) in `dtype`, NaN where p is; RELU lets the conversion do it (sm_80 and later), an instruction less."""
     if RELU and dtype == tl.bfloat16:
         b_w = tl.inline_asm_elementwise(
             "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_p], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -115,7 +115,7 @@ def rectify(b_p, dtype: tl.constexpr, RELU: tl.constexpr):
             "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_p], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        b_w = tl.maximum(b_p, 0.0).to(dtype)
+        b_w = tl.maximum(b_p, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
     return b_w
 
 
