@@ -61,7 +61,7 @@ def test_extreme_rows_are_those_of_the_reference(normalizer, dtype, hidden):
         assert_close(ours_, expected_, rtol=4e-3 if dtype == torch.float32 else 1e-9, atol=size * 2e-6)
     assert (ours[0][0, -1] == 0).all() and (ours[1][0, 0, -1] == 0).all()
     if normalizer == "softpick":
-        nothing = [2, 3, 4, 10, 13]
+        nothing = [2, 3, 4, 12, 13]
         assert (ours[0][0, nothing] == 0).all() and (ours[1][0, 0, nothing] == 0).all()
 
 
