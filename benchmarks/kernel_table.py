@@ -45,7 +45,7 @@ TARGETS = {
 # Bytes of shared memory that one program may use.
 SHARED_LIMIT = {"sm80": 166912, "sm86": 101376, "sm90": 232448, "sm100": 232448, "gfx9": 65536}
 # Bytes of stack a thread may spill round the main loop, where it is paid once a tile of queries. Inside: none.
-SPILL_LIMIT = 160
+SPILL_LIMIT = 144
 KERNELS = {
     "forward": forward_kernel,
     "decode": forward_kernel,
