@@ -32,6 +32,7 @@ EXTRAS = {
     # Softmax baselines only; compiles for long.
     "flash": ["flash-attn>=2.8"],
     "eval": ["lm_eval>=0.4.9"],
+    "quantization": ["bitsandbytes>=0.49", "optimum-quanto>=0.2.7", "torchao>=0.15"],
     "deepspeed": ["deepspeed>=0.19"],
     "wandb": ["wandb>=0.20"],
     "tensorboard": ["tensorboard>=2.18"],

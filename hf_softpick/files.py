@@ -1,7 +1,12 @@
-"""What whole-or-absent files need, in prepared data and in checkpoints alike."""
+"""What whole-or-absent files and strict JSON need, wherever they are written."""
 
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
+
+from hf_softpick.errors import StorageError
 
 
 def sync(path: Path) -> None:
@@ -18,3 +23,34 @@ def umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+def plain(value: Any) -> Any:
+    """`value` as strict JSON: non-finite numbers become the strings "nan", "inf", "-inf", never 0 or null."""
+    if hasattr(value, "tolist"):  # tensors and arrays
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `plain(value)`, whole or not at all; folders are made.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. Make room, or choose another folder."
+        ) from None

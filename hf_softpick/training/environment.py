@@ -1,6 +1,5 @@
 """What a run ran on: versions, machine and commit, for environment.json, manifests and model cards. No secrets."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,20 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "hf_softpick torch transformers accelerate datasets tokenizers safetensors deepspeed triton numpy pydantic".split()
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes; absent packages are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+from hf_softpick.versions import versions
 
 
 def commit() -> str | None:

@@ -6,11 +6,11 @@ from typing import Any
 
 from hf_softpick.errors import StorageError
 from hf_softpick.files import umask
-from hf_softpick.training import environment
 from hf_softpick.training.build import is_foreign
 from hf_softpick.training.model_card import model_card
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.trainer import SoftpickTrainer
+from hf_softpick.versions import versions
 
 
 def write_final(
@@ -57,7 +57,7 @@ def _complete(staging: Path, model: Any, recipe: Recipe, results: dict[str, Any]
     foreign = is_foreign(model.config)
     text = (recipe.run.directory / "recipe.yaml").read_text(encoding="utf-8")
     parameters = results.pop("parameters")
-    card = model_card(recipe, text, results, data_report, environment.versions(), parameters, foreign)
+    card = model_card(recipe, text, results, data_report, versions(), parameters, foreign)
     (staging / "README.md").write_text(card, encoding="utf-8")
     hidden = umask()
     for path in staging.rglob("*"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import resource
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_softpick.files import plain
 
 
 class Clock:
@@ -43,19 +44,6 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def plain(value: Any) -> Any:
-    """`value` as strict JSON: non-finite numbers become the strings "nan", "inf", "-inf", never 0 or null."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
 
 
 class MetricsFile:

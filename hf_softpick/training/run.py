@@ -33,6 +33,7 @@ from hf_softpick.training.plots import plot_losses
 from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe, dump_recipe
 from hf_softpick.training.trainer import SoftpickTrainer
+from hf_softpick.versions import versions
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _train(recipe: Recipe, main: bool, debug: bool) -> RunResult:
         "world_size": args.world_size,
         "global_batch": global_batch(args),
         "per_device_batch": args.per_device_train_batch_size,
-        "versions": environment.versions(),
+        "versions": versions(),
     }
     _prepare_folder(recipe, environment.describe(active, args.world_size), main)
     checkpoint = resume.find_checkpoint(Path(args.output_dir), main, args.world_size)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from training_runs import SEQ_LEN, make_trainer, records
 
+from hf_softpick.files import plain
 from hf_softpick.training import flops
 from hf_softpick.training.callbacks import line
-from hf_softpick.training.metrics import Clock, MetricsFile, duration, plain
+from hf_softpick.training.metrics import Clock, MetricsFile, duration
 
 
 @pytest.fixture(scope="module")
