@@ -3,7 +3,9 @@
 import importlib.metadata
 import platform
 
-PACKAGES = "hf_softpick torch transformers accelerate datasets tokenizers safetensors deepspeed triton numpy pydantic lm_eval".split()
+PACKAGES = (
+    "hf_softpick torch transformers accelerate datasets tokenizers safetensors deepspeed triton numpy pydantic lm_eval"
+).split()
 
 
 def versions() -> dict[str, str]:
