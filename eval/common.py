@@ -1,0 +1,145 @@
+"""What the measuring commands of this folder share: options for the text, the place of results, exit codes.
+
+    parser = argparse.ArgumentParser(...)
+    add_sample_arguments(parser)                     --data, --split, --text-column, --data-name, --seq-len, --samples
+    add_model_arguments(parser)                      MODEL..., --out, --device, --dtype, --attn-implementation, ...
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: measure(options), debug=options.debug)
+
+    loaded = load(options, model)                    analysis.loading.LoadedModel
+    samples = samples_for(options, loaded)           analysis.samples.Samples
+    path = report_folder(options, loaded.path, ...)  where results go
+
+A script of this folder is run as `python eval/NAME.py`, so that `import common` finds this file. Nothing heavy is
+imported before an option is used.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_softpick.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    from hf_softpick.analysis.loading import LoadedModel
+    from hf_softpick.analysis.samples import Samples
+
+DEFAULT_SEQ_LEN = 512
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL [MODEL ...] and how to load them, --out and --debug."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a run folder, a model folder or a Hub id")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results; default the run's report/, else report/")
+    parser.add_argument("--device", help="for example cpu or cuda:0; default the GPU where there is one")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default that of the saved weights")
+    parser.add_argument("--attn-implementation", metavar="NAME", help="default what the saved configuration says")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code, where it has some")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser, samples: int = 32) -> None:
+    """The text to measure on; `samples` is the default number of rows."""
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--data",
+        metavar="RECIPE|FILE|DATASET",
+        help="a recipe (.yaml: its validation split), a file, glob or folder of text, a Hub data set, or stdlib; "
+        "default the recipe of the model's run, else stdlib",
+    )
+    group.add_argument("--data-name", metavar="NAME", help="configuration of a Hub data set")
+    group.add_argument("--split", default="train", help="split of a Hub data set (default train)")
+    group.add_argument("--text-column", default="text", metavar="NAME", help="default text")
+    group.add_argument(
+        "--seq-len",
+        type=at_least(2),
+        metavar="N",
+        help=f"tokens of a row; default the recipe's, else {DEFAULT_SEQ_LEN} or what the model can read",
+    )
+    group.add_argument("--samples", type=at_least(1), default=samples, metavar="N", help=f"rows (default {samples})")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `smallest`."""
+
+    def integer(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected an integer of at least {smallest}")
+        return int(text)
+
+    return integer
+
+
+def load(options: argparse.Namespace, model: str, **kwargs: Any) -> "LoadedModel":
+    """`analysis.loading.load_model` with the options of `add_model_arguments`."""
+    from hf_softpick.analysis.loading import load_model
+
+    return load_model(
+        model,
+        trust_remote_code=options.trust_remote_code,
+        device=options.device,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        **kwargs,
+    )
+
+
+def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration: bool = False) -> "Samples":
+    """Rows for one model, as the options of `add_sample_arguments` say.
+
+    Raises:
+        RecipeError: --data names a recipe that is wrong.
+        DataError: nothing can be read.
+    """
+    from hf_softpick.analysis.samples import load_samples
+
+    data, tokenizer_settings, seq_len = options.data, None, options.seq_len
+    if data is None and loaded.run is not None:
+        data = str(loaded.run / "recipe.yaml")
+    if data is not None and data.endswith((".yaml", ".yml")):
+        from hf_softpick.training.recipe import load_recipe
+
+        if not Path(data).is_file():
+            raise RecipeError(f"--data {data}: no such recipe. Give a file, or other text.")
+        recipe = load_recipe(data)
+        data, tokenizer_settings, seq_len = recipe.data, recipe.tokenizer, seq_len or recipe.data.seq_len
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    return load_samples(
+        data,
+        loaded.tokenizer,
+        add_bos=loaded.add_bos,
+        seq_len=seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN),
+        count=options.samples,
+        tokenizer_settings=tokenizer_settings,
+        text_column=options.text_column,
+        split=options.split,
+        name=options.data_name,
+        calibration=calibration,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def report_folder(options: argparse.Namespace, model: str) -> Path:
+    """Where the results of `model`, one of options.models, go: --out, else report/ of its run, else report/NAME/."""
+    from hf_softpick.analysis.loading import locate
+
+    _, run, name = locate(model)
+    if options.out is not None:
+        return Path(options.out, name) if len(options.models) > 1 else Path(options.out)
+    return run / "report" if run is not None else Path("report", name)
+
+
+def exit_code(command: Callable[[], int | None], debug: bool = False) -> int:
+    """Run `command`; a user's mistake becomes one message and its exit code, Ctrl-C becomes 130."""
+    try:
+        return command() or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

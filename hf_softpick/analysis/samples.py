@@ -1,0 +1,233 @@
+"""Text for measuring: rows of tokens from the validation split of a recipe, a file, a data set, or the stdlib."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_softpick.data.packing import best_fit
+from hf_softpick.data.preparing import PreparedData, prepare_data
+from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
+from hf_softpick.data.sources import open_sources
+from hf_softpick.data.tokenizer import encoder_of, sample_texts
+from hf_softpick.data.tokenizing import split_text
+from hf_softpick.errors import DataError
+
+CANDIDATE_CHARACTERS = 64 * 2**20
+"""Of a source without a validation split, documents are chosen among about this much text."""
+_CHARACTERS_A_TOKEN = 32
+"""More than text has: what lies behind cannot be needed."""
+_MIN_TOKENS = 2
+
+
+class Samples(NamedTuple):
+    """Rows to measure on.
+
+    description: where they come from and how many documents they hold, for reports. rows: each has input_ids [T] and
+    position_ids [T], int64 on the CPU, T <= seq_len and no padding; documents in a row restart the positions at 0.
+    """
+
+    description: str
+    rows: list[dict[str, Tensor]]
+
+
+class _Document(NamedTuple):
+    ids: np.ndarray
+    """Without BOS."""
+    is_start: bool
+    """Not a later part of a document that was cut."""
+
+
+def load_samples(
+    data: DataSettings | str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_bos: bool,
+    seq_len: int,
+    count: int,
+    tokenizer_settings: TokenizerSettings | None = None,
+    text_column: str = "text",
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    calibration: bool = False,
+    progress: bool = True,
+) -> Samples:
+    """Choose documents and make rows of them; the same arguments give the same rows.
+
+    The choice is spread over the corpus by a seeded hash. A row is one document cut at `seq_len`, or several shorter
+    ones. Later parts of long documents are used only where there are too few beginnings. Special tokens that are
+    spelled in a text are text.
+
+    Args:
+        data: the data section of a recipe (its validation split is read), else "stdlib", a file, glob, folder or
+            Hub data set as in data.sources; None is "stdlib".
+        tokenizer: of the model to be measured. Where the recipe's is another one, its documents are tokenized anew.
+        add_bos: every document begins with BOS.
+        seq_len: tokens of a row at most.
+        count: rows at most; fewer where the corpus is too small.
+        tokenizer_settings: the tokenizer section of the recipe, with `data` from a recipe.
+        text_column, split, name, revision: of a source that is not a recipe.
+        calibration: other documents than those measured on: the training split of a recipe, or the other end of the
+            order.
+
+    Raises:
+        DataError: nothing can be read, or no validation split was held out.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            "the model's tokenizer has no fast form (tokenizer.json). Convert it with transformers, and save it with "
+            "the model."
+        )
+    if add_bos and tokenizer.bos_token_id is None:
+        raise DataError("documents should begin with BOS, but the model's tokenizer has no BOS token.")
+    if seq_len < _MIN_TOKENS or count < 1:
+        raise ValueError(f"seq_len={seq_len} and count={count}; expected at least {_MIN_TOKENS} and 1")
+    if isinstance(data, DataSettings):
+        if tokenizer_settings is None:
+            raise ValueError("the data section of a recipe needs the recipe's tokenizer section, tokenizer_settings")
+        longest = data.model_copy(update={"seq_len": max(seq_len, data.seq_len)})
+        prepared = prepare_data(longest, tokenizer_settings, progress)
+        source, documents = _recipe_documents(prepared, tokenizer, tokenizer_settings.add_bos, calibration)
+    else:
+        settings = SourceSettings(
+            path=data or "stdlib", text_column=text_column, split=split, name=name, revision=revision
+        )
+        source = f"{settings.path}" if settings.path == "stdlib" else f"{settings.path}, split {split}"
+        documents = _encoded(_texts(settings, count * seq_len, calibration), tokenizer, count * seq_len)
+    bos = tokenizer.bos_token_id if add_bos else None
+    pieces = _pieces(documents, seq_len, count * seq_len, bos)
+    if not pieces:
+        raise DataError(f"{source}: no document has {_MIN_TOKENS} tokens. Give other data.")
+    rows, used = _rows(pieces, seq_len, count)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return Samples(f"{source}: {used:,} documents, {tokens:,} tokens in {len(rows):,} rows of {seq_len:,}", rows)
+
+
+def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Stack rows of equal length, unpadded: input_ids and position_ids, int64 [B, T] with B <= batch_size.
+
+    Longer rows come first, so that memory that does not suffice shows at once.
+    """
+    longest_first = sorted(samples.rows, key=lambda row: -len(row["input_ids"]))
+    for _, equal in itertools.groupby(longest_first, key=lambda row: len(row["input_ids"])):
+        while rows := list(itertools.islice(equal, batch_size)):
+            yield {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids")}
+
+
+def _recipe_documents(
+    prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, rows_have_bos: bool, calibration: bool
+) -> tuple[str, Iterator[_Document]]:
+    """The documents of packed rows, which lie there in a seeded random order, and what to call them."""
+    name = "training" if calibration else "validation"
+    rows = prepared.train if calibration else prepared.validation
+    if rows is None or not len(rows):
+        raise DataError(
+            "the recipe holds out no documents (data.validation is 0), so there is nothing that the model has not "
+            "seen. Give other text with --data."
+        )
+    bos = prepared.tokenizer.bos_token_id if rows_have_bos else None
+    documents = _unpacked(rows, bos)
+    if prepared.tokenizer.get_vocab() == tokenizer.get_vocab():
+        return f"{name} split of the recipe", documents
+    # Specials were added, not written, so what is skipped here is no text.
+    texts = (
+        (prepared.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), is_start)
+        for ids, is_start in documents
+    )
+    return f"{name} split of the recipe, tokenized anew for this model", _encoded(texts, tokenizer, None)
+
+
+def _unpacked(rows: Iterable, bos: int | None) -> Iterator[_Document]:
+    for row in rows:
+        ids = np.asarray(row["input_ids"])[: int(row["num_tokens"])]
+        starts = np.flatnonzero(np.asarray(row["position_ids"])[: len(ids)] == 0)
+        for document in np.split(ids, starts[1:]):
+            is_start = bos is None or document[0] == bos
+            yield _Document(document[int(bos is not None and is_start) :], is_start)
+
+
+def _texts(settings: SourceSettings, tokens: int, reverse: bool) -> Iterator[tuple[str, bool]]:
+    """Different documents of a source in the order of a hash; of a source beyond the bound, a part of every shard."""
+    limit = max(CANDIDATE_CHARACTERS, _CHARACTERS_A_TOKEN * tokens)
+    texts = sample_texts(open_sources([settings]), limit)
+    found = {_hash(text): text for text in texts if not text.isspace()}
+    for key in sorted(found, reverse=reverse):
+        yield found[key], True
+
+
+def _hash(text: str) -> bytes:
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16, key=b"samples").digest()
+
+
+def _encoded(
+    texts: Iterator[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, tokens: int | None
+) -> Iterator[_Document]:
+    """Token ids of each text, without special tokens; of a long text at least the first `tokens`, if given."""
+    encoder = encoder_of(tokenizer)
+    limit = None if tokens is None else _CHARACTERS_A_TOKEN * tokens
+    for text, is_start in texts:
+        parts = [encoder.encode(part, add_special_tokens=False).ids for part in split_text(text[:limit])]
+        yield _Document(np.array(list(itertools.chain.from_iterable(parts)), np.int64), is_start)
+
+
+def _pieces(
+    documents: Iterator[_Document], seq_len: int, tokens: int, bos: int | None
+) -> list[tuple[int, np.ndarray]]:
+    """(number of the document, ids with BOS) of at most seq_len tokens each, until there are `tokens` of them.
+
+    First the beginnings of all documents; only then later parts.
+    """
+    step = seq_len - (bos is not None)
+    head = np.array([] if bos is None else [bos], np.int64)
+    pieces: list[tuple[int, np.ndarray]] = []
+    later: list[tuple[int, np.ndarray]] = []
+    missing = tokens
+    for number, (ids, is_start) in enumerate(documents):
+        if missing <= 0:
+            break
+        if is_start:
+            missing -= _add(pieces, number, head, ids[:step])
+            ids = ids[step:]
+        if len(ids):
+            later.append((number, ids))
+    while later and missing > 0:
+        for number, ids in later:
+            if missing <= 0:
+                break
+            missing -= _add(pieces, number, head, ids[:step])
+        later = [(number, ids[step:]) for number, ids in later if len(ids) > step]
+    return pieces
+
+
+def _add(pieces: list[tuple[int, np.ndarray]], number: int, head: np.ndarray, ids: np.ndarray) -> int:
+    """Append a piece unless it has no target; returns its tokens."""
+    if len(head) + len(ids) < _MIN_TOKENS or not len(ids):
+        return 0
+    pieces.append((number, np.concatenate([head, ids])))
+    return len(pieces[-1][1])
+
+
+def _rows(pieces: Sequence[tuple[int, np.ndarray]], seq_len: int, count: int) -> tuple[list[dict[str, Tensor]], int]:
+    """Pack pieces; the fullest `count` rows in the order of their first pieces, and the number of documents there."""
+    lengths = np.array([len(ids) for _, ids in pieces])
+    row_of, num_rows = best_fit(lengths, seq_len)
+    filled = np.bincount(row_of, weights=lengths, minlength=num_rows)
+    kept = set(np.argsort(-filled, kind="stable")[:count].tolist())
+    members: dict[int, list[int]] = {}
+    for index, row in enumerate(row_of.tolist()):
+        if row in kept:
+            members.setdefault(row, []).append(index)
+    rows = [
+        {
+            "input_ids": torch.from_numpy(np.concatenate([pieces[index][1] for index in row])).long(),
+            "position_ids": torch.cat([torch.arange(len(pieces[index][1])) for index in row]),
+        }
+        for row in members.values()
+    ]
+    return rows, len({pieces[index][0] for row in members.values() for index in row})
