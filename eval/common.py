@@ -73,17 +73,16 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 
 def load(options: argparse.Namespace, model: str, **kwargs: Any) -> "LoadedModel":
-    """`analysis.loading.load_model` with the options of `add_model_arguments`."""
+    """`analysis.loading.load_model` with the options of `add_model_arguments`; `kwargs` win over them."""
     from hf_softpick.analysis.loading import load_model
 
-    return load_model(
-        model,
-        trust_remote_code=options.trust_remote_code,
-        device=options.device,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        **kwargs,
-    )
+    arguments = {
+        "trust_remote_code": options.trust_remote_code,
+        "device": options.device,
+        "dtype": options.dtype,
+        "attn_implementation": options.attn_implementation,
+    }
+    return load_model(model, **{**arguments, **kwargs})
 
 
 def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration: bool = False) -> "Samples":

@@ -1,0 +1,320 @@
+"""What quantizing a model costs: its loss in every format that is installed, against the saved weights.
+
+A figure counts only where weights were quantized: layers are looked into, and what they store is counted.
+"""
+
+import gc
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_softpick.analysis.loading import LoadedModel
+from hf_softpick.analysis.quantization_formats import (
+    GROUP_SIZES,
+    Format,
+    QuantizationRefused,
+    Request,
+    library,
+    load_quantized,
+    missing,
+)
+from hf_softpick.analysis.samples import Samples, batches
+from hf_softpick.errors import CheckpointError, DataError
+
+_LARGEST_EXPONENT = 700
+
+
+class Storage(NamedTuple):
+    """The linear layers of a model other than its output: quantized weights, their bytes with scales, and the names
+    of layers that are in float."""
+
+    weights: int
+    bytes: int
+    in_float: list[str]
+
+
+def measure_quantization(
+    load: Callable[..., LoadedModel],
+    samples_of: Callable[[LoadedModel, bool], Samples],
+    formats: Sequence[Format],
+    *,
+    batch_size: int = 4,
+    evaluate: Callable[[LoadedModel], dict[str, Any]] | None = None,
+    after_each: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Load the model anew in every format and measure its loss on the same rows. One model at a time is in memory.
+
+    Args:
+        load: `load_model` of one model; takes dtype, device_map and quantization_config.
+        samples_of: the rows to measure on, and with True those that a format may calibrate on.
+        evaluate: downstream tasks of a loaded model, {task: result}.
+        after_each: called with the results so far.
+
+    Returns:
+        data, baseline and formats of quantization.json. A loss that is not finite is one: NaN is never averaged away.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, or is quantized already.
+        DataError: no rows.
+    """
+    from tqdm.auto import tqdm
+
+    loaded = load()
+    model = loaded.model
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{loaded.path} is quantized already. Give the model that it was made from.")
+    samples = samples_of(loaded, False)
+    rows = list(batches(samples, batch_size))
+    bar = tqdm(total=(len(formats) + 1) * len(rows), desc="as saved", unit="batch", disable=not progress)
+    try:
+        loss, tokens = token_loss(model, rows, bar.update)
+        baseline = {
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bits": 8 * model.dtype.itemsize,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "tasks": evaluate(loaded) if evaluate else {},
+        }
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        sizes = {layer.in_features for _, layer in _linear_layers(model)}
+        group_size = next((size for size in GROUP_SIZES if all(n % size == 0 for n in sizes)), GROUP_SIZES[-1])
+        texts = _texts(loaded, samples_of) if any(item.calibrated and not missing(item) for item in formats) else []
+        request = Request(model.dtype, model.device, group_size, loaded.tokenizer, texts)
+        del model, loaded
+        result = {
+            "data": {"description": samples.description, "rows": len(samples.rows), "tokens": tokens},
+            "baseline": baseline,
+            "formats": [],
+        }
+        for item in formats:
+            bar.set_description(item.name)
+            begin = bar.n
+            _free()
+            entry = {"format": item.name, "library": library(item), "bits": item.bits}
+            result["formats"].append(
+                entry | _measure_format(item, load, request, rows, baseline["loss"], parameters, evaluate, bar.update)
+            )
+            bar.update(begin + len(rows) - bar.n)
+            if after_each:
+                after_each(result)
+    finally:
+        bar.close()
+    return result
+
+
+def _measure_format(
+    item: Format,
+    load: Callable[..., LoadedModel],
+    request: Request,
+    rows: Sequence[dict[str, Tensor]],
+    baseline: float,
+    parameters: int,
+    evaluate: Callable[[LoadedModel], dict[str, Any]] | None,
+    advance: Callable[[int], Any],
+) -> dict[str, Any]:
+    if reason := missing(item):
+        return {"status": "missing", "reason": reason}
+    try:
+        loaded = load_quantized(item, load, request)
+        storage = quantized_storage(loaded.model)
+        if not storage.weights:
+            raise QuantizationRefused(_why_nothing(loaded.model, request.group_size))
+        try:
+            loss, _ = token_loss(loaded.model, rows, advance)
+        except Exception as error:  # a layer that loads may have no kernel for this device or type
+            raise QuantizationRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    except QuantizationRefused as error:
+        return {"status": "refused", "reason": str(error)}
+    return {
+        "status": "measured",
+        "bits_per_weight": 8 * storage.bytes / storage.weights,
+        "quantized_share": storage.weights / parameters,
+        "in_float": storage.in_float,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "loss_increase": loss - baseline,
+        "tasks": evaluate(loaded) if evaluate else {},
+    }
+
+
+def token_loss(
+    model: PreTrainedModel,
+    rows: Sequence[dict[str, Tensor]],
+    advance: Callable[[int], Any] | None = None,
+) -> tuple[float, int]:
+    """Mean negative log likelihood, nats, over every token of `rows` but the first of a document; and their number.
+
+    Log-probabilities are float32 whatever the model computes in, and are summed in float64.
+
+    Args:
+        rows: batches of input_ids and position_ids [B, T]; a document begins where the position is 0.
+
+    Raises:
+        CheckpointError: the architecture takes no positions, so that documents in a row would see each other.
+        DataError: no document has a second token.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise CheckpointError(
+            f"{type(model).__name__} takes no position_ids, so the documents of a row cannot be kept apart."
+        )
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with torch.no_grad():  # not inference_mode, which quanto's tensors do not bear
+        for batch in rows:
+            input_ids, position_ids = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
+            # Without a mask and a cache, transformers derives from the positions what may see what.
+            logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
+            targets = input_ids[:, 1:].masked_fill(position_ids[:, 1:] == 0, -100)
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            total += losses.double().sum().cpu()
+            count += int((targets != -100).sum())
+            if advance:
+                advance(1)
+    if not count:
+        raise DataError("no document has a second token to predict. Give longer rows or other text.")
+    return (total / count).item(), count
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); a NaN stays one, and what is beyond floats is infinite."""
+    return math.inf if loss > _LARGEST_EXPONENT else math.exp(loss)
+
+
+def quantized_storage(model: nn.Module) -> Storage:
+    """Look into every linear layer but the output: a quantized one keeps integers and no float copy of its weight.
+
+    Works for the layers of any library: it follows tensors within tensors, and state beside them.
+    """
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    weights = stored = 0
+    in_float = []
+    for name, layer in _linear_layers(model):
+        if layer is output:
+            continue
+        size = layer.in_features * layer.out_features
+        tensors = {
+            tensor.data_ptr(): tensor
+            for place in (layer._parameters, layer._buffers, vars(layer))
+            for key, value in place.items()
+            if key not in ("bias", "_parameters", "_buffers", "_modules")
+            for tensor in _tensors(value, {})
+        }.values()
+        has_integers = any(not tensor.is_floating_point() and tensor.nbytes * 8 >= size for tensor in tensors)
+        if has_integers and not any(tensor.is_floating_point() and tensor.numel() >= size for tensor in tensors):
+            weights += size
+            stored += sum(tensor.nbytes for tensor in tensors)
+        else:
+            in_float.append(name)
+    return Storage(weights, stored, in_float)
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of any library that say how many features go in and out."""
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "in_features", None), int) and isinstance(layer.out_features, int):
+            yield name, layer
+
+
+def _tensors(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
+    """Plain tensors that `value` holds: inner tensors of subclasses, attributes, entries. Not those of modules."""
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen[id(value)] = value
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        inner: Any = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    else:
+        if isinstance(value, Tensor):
+            yield value
+        inner = list(value.values()) if isinstance(value, dict) else value
+        inner = list(vars(inner).values()) if hasattr(inner, "__dict__") else inner
+    for item in inner if isinstance(inner, list | tuple) else ():
+        yield from _tensors(item, seen)
+
+
+def _why_nothing(model: nn.Module, group_size: int) -> str:
+    odd = [f"{name} ({layer.in_features} inputs)" for name, layer in _linear_layers(model)]
+    odd = [text for text in odd if int(text.split("(")[1].split()[0]) % group_size]
+    if not odd:
+        return "nothing was quantized: no linear layer holds integers"
+    return f"nothing was quantized: {len(odd)} layers do not fit groups of {group_size}, for instance {odd[0]}"
+
+
+def _texts(loaded: LoadedModel, samples_of: Callable[[LoadedModel, bool], Samples]) -> list[str]:
+    rows = samples_of(loaded, True).rows
+    return [loaded.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The results of one model as a Markdown table, and under it what was not measured and why."""
+    baseline = result["baseline"]
+    lines = [
+        "| format | bits | stored bits a weight | loss | increase | perplexity |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| as saved ({baseline['dtype']}) | {baseline['bits']} | {baseline['bits']} | {baseline['loss']:.4f} | "
+        f"| {baseline['perplexity']:.2f} |",
+    ]
+    left = []
+    for entry in result["formats"]:
+        if entry["status"] == "measured":
+            lines.append(
+                f"| {entry['format']} | {entry['bits']} | {entry['bits_per_weight']:.2f} | {entry['loss']:.4f} | "
+                f"{entry['loss_increase']:+.4f} | {entry['perplexity']:.2f} |"
+            )
+            if entry["in_float"]:
+                count = len(entry["in_float"])
+                left.append(f"{entry['format']}: {count} layers stayed in float, for instance {entry['in_float'][0]}")
+        else:
+            left.append(f"{entry['format']}: {entry['status']}: {entry['reason']}")
+    return "\n".join([*lines, *([""] + left if left else [])])
+
+
+def plot_quantization(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw perplexity over the bits of a weight, one colour a model; formats whose loss is not finite are named below.
+
+    Args:
+        results: by name of the model.
+        path: the PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    broken = []
+    for index, (name, result) in enumerate(results.items()):
+        color = f"C{index}"
+        axes.axhline(result["baseline"]["perplexity"], color=color, linestyle="--", linewidth=1)
+        points = []
+        for entry in result["formats"]:
+            if entry["status"] != "measured":
+                continue
+            if math.isfinite(entry["perplexity"]):
+                points.append((entry["bits"], entry["perplexity"], entry["format"]))
+            else:
+                broken.append(f"{name} {entry['format']}: {entry['loss']}")
+        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=color, label=name, s=24)
+        for x, y, text in points:
+            axes.annotate(
+                text, (x, y), textcoords="offset points", xytext=(6, 0), va="center", fontsize=6, color=color
+            )
+    axes.set(xlabel="bits of a weight (dashed: as saved)", ylabel="perplexity", yscale="log", xticks=(2, 4, 8))
+    axes.set_xlim(1, 10.5)
+    if broken:
+        axes.set_title("not finite: " + ", ".join(broken), fontsize=7)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
