@@ -1,0 +1,165 @@
+"""Compare two or more runs: recipes, loss, attention, activations, quantization, tasks, and the paper's claims.
+
+    python eval/compare.py RUN_A RUN_B [...] --out DIR
+
+Writes DIR/comparison.html (one file, no network), comparison.md and comparison.json from what the runs recorded and
+from the results in their report folders. What is missing is named with the command that measures it; --measure does
+it first. Exit codes: 0 done, 2 command line, 3 data, 4 no model, 6 storage.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import exit_code
+
+from hf_softpick.errors import RecipeError, StorageError, UserError
+
+# Of this folder, by the kind of result that they write.
+SCRIPTS = {"statistics": "activations.py", "passkey": "passkey.py", "quantization": "quantization.py"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, compare, print where the report is; returns the exit code."""
+    options = make_parser().parse_args(arguments)
+    return exit_code(lambda: compare(options), debug=options.debug)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python eval/compare.py", description="Compare runs: one HTML page, Markdown and JSON."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; model folders or Hub ids have no curves")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the report")
+    parser.add_argument("--results", metavar="DIR", help="look for results in DIR/NAME/ before the runs' report/")
+    parser.add_argument(
+        "--measure",
+        metavar="KINDS",
+        type=_kinds,
+        default=(),
+        help=f"measure first, comma-separated: {', '.join(SCRIPTS)}",
+    )
+    maps = parser.add_argument_group("attention maps")
+    maps.add_argument("--text", help="short text that the maps are drawn of")
+    maps.add_argument(
+        "--heads",
+        type=_heads,
+        metavar="LAYER.HEAD,...",
+        help="default the largest sink and a typical head",
+    )
+    maps.add_argument("--no-maps", action="store_true", help="load no model")
+    maps.add_argument("--device", help="for example cpu or cuda:0; default the GPU where there is one")
+    maps.add_argument("--trust-remote-code", action="store_true", help="run the models' own code, if any")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(filter(None, text.split(",")))
+    if unknown := [kind for kind in kinds if kind not in SCRIPTS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(SCRIPTS)}")
+    return kinds
+
+
+def _heads(text: str) -> list[tuple[int, int]]:
+    try:
+        pairs = [tuple(int(part) for part in item.split(".")) for item in text.split(",")]
+    except ValueError:
+        pairs = [()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected layer.head pairs such as 0.1,3.2")
+    return pairs
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Measure what was asked for, gather, judge, write."""
+    from hf_softpick.analysis.claims import judge
+    from hf_softpick.analysis.comparison import gather
+    from hf_softpick.analysis.report_html import render_html
+    from hf_softpick.analysis.report_markdown import render_markdown
+    from hf_softpick.files import write_json
+
+    results = Path(options.results) if options.results else None
+    if results is not None and not results.is_dir():
+        raise RecipeError(f"--results {results} is not a folder")
+    gather(options.runs, results)  # wrong folders are named before anything long begins
+    for kind in options.measure:
+        measure(kind, options)
+    comparison = gather(options.runs, results)
+    if not options.no_maps:
+        add_maps(comparison, options)
+    comparison["claims"] = judge(comparison)
+    out = Path(options.out)
+    write_json(out / "comparison.json", comparison)
+    write_text(out / "comparison.md", render_markdown(comparison))
+    write_text(out / "comparison.html", render_html(comparison))
+    for row in comparison["claims"]:
+        print(f"{row['verdict']:<15} {row['claim']}: {row['detail']}")
+    for text in comparison["warnings"]:
+        print(f"note: {text}", file=sys.stderr)
+    print(f"report in {out / 'comparison.html'}")
+    return 0
+
+
+def measure(kind: str, options: argparse.Namespace) -> None:
+    """Run the script of `kind` on all runs, each in turn, so that one model is in memory at a time."""
+    command = [sys.executable, str(Path(__file__).with_name(SCRIPTS[kind]))]
+    extra = [*(["--device", options.device] if options.device else [])]
+    extra += ["--trust-remote-code"] if options.trust_remote_code else []
+    for run in options.runs:
+        out = []
+        if options.results:
+            from hf_softpick.analysis.loading import locate
+
+            out = ["--out", str(Path(options.results, locate(run)[2]))]
+        code = subprocess.run([*command, run, *extra, *out]).returncode
+        if code:
+            error = UserError(f"{kind} of {run} was not measured: {SCRIPTS[kind]} ended with exit code {code}")
+            error.exit_code = code
+            raise error
+
+
+def add_maps(comparison: dict, options: argparse.Namespace) -> None:
+    """Load each model and keep the maps of some heads; a model that cannot show them says why in the report."""
+    from tqdm import tqdm
+
+    from hf_softpick.analysis.attention_maps import DEFAULT_TEXT, attention_maps
+    from hf_softpick.analysis.loading import load_model
+
+    text = options.text if options.text is not None else DEFAULT_TEXT
+    for run in tqdm(comparison["runs"], desc="attention maps", disable=not sys.stderr.isatty()):
+        if not run["has_model"]:
+            run["attention_maps_reason"] = "not finished"
+            continue
+        try:
+            loaded = load_model(
+                run["source"], trust_remote_code=options.trust_remote_code, device=options.device, dtype="float32"
+            )
+            run["attention_maps"] = attention_maps(loaded, text, options.heads, run["statistics"])
+        except RecipeError:
+            raise
+        except UserError as error:
+            run["attention_maps_reason"] = str(error)
+            comparison["warnings"].append(f"{run['label']}: no attention maps. {error}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole; its folder exists.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What runs recorded and what was measured on them, gathered into one plain structure: the content of comparison.json.
+
+Reads files only. HTML and Markdown are views of what is built here.
+"""
+
+import datetime
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_softpick.analysis.run_records import KINDS, gather_run, lookup
+from hf_softpick.errors import RecipeError
+from hf_softpick.versions import versions
+
+# Recipe values that decide where a run writes and how often it looks, not what it learns.
+NOT_TRAINING = {
+    "model.attn_implementation",
+    "data.num_proc",
+    "data.cache_dir",
+    "training.max_consecutive_skips",
+    "training.disable_tqdm",
+    "training.report_to",
+    "training.output_dir",
+    "training.per_device_eval_batch_size",
+    "training.logging_nan_inf_filter",
+}
+
+
+NOT_TRAINING_PREFIXES = (
+    "run.",
+    "eval.",
+    "training.logging_",
+    "training.save_",
+    "training.dataloader_",
+    "training.hub_",
+)
+
+
+# What must be equal before figures of two runs are set side by side.
+CONDITIONS = {
+    "statistics": (
+        *(f"data.{n}" for n in ("description", "seq_len", "row_length", "sequences", "tokens")),
+        "thresholds",
+    ),
+    "quantization": ("data.description", "data.tokens", "baseline.dtype"),
+    "passkey": ("lengths", "depths", "samples"),
+    "downstream": (),
+}
+
+
+def gather(sources: Sequence[str | Path], results: Path | None = None) -> dict[str, Any]:
+    """Everything that is recorded about two or more runs or models, as plain values.
+
+    Args:
+        sources: run folders, model folders or Hub ids. A run that has not finished is taken with what it has.
+        results: a folder with NAME/KIND.json, looked at before each run's own report folder.
+
+    Raises:
+        CheckpointError: a source is neither a run nor a model.
+        RecipeError: fewer than two sources, or one given twice.
+        DataError, via `read_json`: a result file is damaged.
+    """
+    if len(sources) < 2:
+        raise RecipeError(f"a comparison needs at least two runs or models, {len(sources)} given")
+    runs = [gather_run(source, results) for source in sources]
+    for first, second in itertools.combinations(runs, 2):
+        if first["place"] == second["place"]:
+            raise RecipeError(f"{second['source']} is given twice; name different runs")
+    for run in runs:
+        same = [other for other in runs if other["name"] == run["name"]]
+        # Two runs may have one name in different folders; a label is unique.
+        run["label"] = run["name"] if len(same) == 1 else f"{run['name']} ({same.index(run) + 1})"
+    differences = recipe_differences(runs)
+    pair = choose_pair(runs, differences)
+    return {
+        "schema": 1,
+        "kind": "comparison",
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "runs": runs,
+        "recipe_differences": differences,
+        "pair": pair,
+        "warnings": [*_run_warnings(runs), *_mixed_conditions(runs)],
+    }
+
+
+def recipe_differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Recipe values in which runs differ.
+
+    Returns:
+        [{"key", "values": one per run (None where absent or the run has no recipe), "training": whether it can change
+        what the model learns}], those that can first.
+    """
+    recipes = [run["recipe"] for run in runs]
+    known = [recipe for recipe in recipes if recipe is not None]
+    keys = dict.fromkeys(key for recipe in known for key in recipe)
+    found = []
+    for key in keys:
+        if len({json.dumps(recipe.get(key), sort_keys=True) for recipe in known}) > 1:
+            matters = key not in NOT_TRAINING and not key.startswith(NOT_TRAINING_PREFIXES)
+            values = [recipe.get(key) if recipe is not None else None for recipe in recipes]
+            found.append({"key": key, "values": values, "training": matters})
+    return sorted(found, key=lambda item: not item["training"])
+
+
+def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]]) -> dict[str, Any]:
+    """The softpick run and the softmax run whose recipes differ least; both scaled or neither, if there is a choice.
+
+    Returns:
+        softpick, softmax: labels, or None; other_differences: recipe keys besides the normalizer that differ and
+        change training; unknown: why nothing can be said about that, or None.
+    """
+    picks = [run for run in runs if run["normalizer"] in ("softpick", "scaled_softpick")]
+    baselines = [run for run in runs if run["normalizer"] in ("softmax", "scaled_softmax")]
+
+    def others(pick: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
+        found = [d["key"] for d in recipe_differences([pick, baseline]) if d["training"]]
+        sizes = ("layers", "heads", "key_heads", "hidden_size", "vocab_size")
+        if pick["recipe"] is None or baseline["recipe"] is None:
+            found = [f"model {s}" for s in sizes if pick["model"].get(s) != baseline["model"].get(s)]
+        steps = [lookup(run, "finished.step") for run in (pick, baseline)]
+        if None not in steps and steps[0] != steps[1] and "training.max_steps" not in found:
+            found.append("trained steps")
+        return [key for key in found if key != "model.normalizer"]
+
+    def scaled(run: dict[str, Any]) -> bool:
+        return run["normalizer"].startswith("scaled_")
+
+    pairs = sorted(itertools.product(picks, baselines), key=lambda p: (len(others(*p)), scaled(p[0]) != scaled(p[1])))
+    if not pairs:
+        first = next((run["label"] for run in picks), None)
+        base = next((run["label"] for run in baselines), None)
+        return {"softpick": first, "softmax": base, "other_differences": [], "unknown": None}
+    pick, baseline = pairs[0]
+    without = [run["label"] for run in (pick, baseline) if run["recipe"] is None]
+    different = others(pick, baseline)
+    if scaled(pick) != scaled(baseline):
+        different.append("scaling of the scores (scaled_)")
+    return {
+        "softpick": pick["label"],
+        "softmax": baseline["label"],
+        "other_differences": different,
+        "unknown": f"no recipe of {' and '.join(without)}" if without else None,
+    }
+
+
+def mismatch(kind: str, runs: Sequence[dict[str, Any]]) -> str | None:
+    """How the conditions of a measurement differ between runs that have it; None if they are equal."""
+    measured = [run for run in runs if run[kind]]
+    for path in CONDITIONS[kind]:
+        values = {run["label"]: lookup(run[kind], path) for run in measured}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            return f"{path.removeprefix('data.')} differs: " + ", ".join(f"{k} {v}" for k, v in values.items())
+    return None
+
+
+def _mixed_conditions(runs: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for kind in KINDS:
+        if reason := mismatch(kind, runs):
+            found.append(f"{kind} was measured under different conditions and is not ranked: {reason}.")
+    vocabularies = {run["label"]: run["model"].get("vocab_size") for run in runs if run["model"].get("vocab_size")}
+    if len(set(vocabularies.values())) > 1:
+        found.append(
+            "The vocabularies differ (" + ", ".join(f"{k} {v:,}" for k, v in vocabularies.items()) + "): losses per "
+            "token cannot be compared."
+        )
+    return found
+
+
+def _run_warnings(runs: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for run in runs:
+        if run["is_run"] and (run["finished"] is None or not run["has_model"]):
+            found.append(f"{run['label']} has not finished; its figures are those of an unfinished run.")
+        found += [f"{run['label']}: {reason}" for reason in run["stale"].values()]
+        if run["curves"] and run["curves"]["nonfinite"]:
+            found.append(f"{run['label']}: {run['curves']['nonfinite']} log lines have a loss that is not finite.")
+        bad = sum(item.get("count", 0) for item in (run["statistics"] or {}).get("nonfinite", []))
+        if bad:
+            found.append(f"{run['label']}: {bad:,} hidden values are not finite; they are left out of its statistics.")
+    return found

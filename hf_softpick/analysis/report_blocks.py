@@ -1,0 +1,120 @@
+"""What a report is made of: texts, tables and figures, and how their numbers are written and ranked."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from hf_softpick.analysis.comparison import mismatch
+from hf_softpick.analysis.report_figures import brief
+from hf_softpick.analysis.run_records import COMMANDS, finite, number
+
+
+class Cell(NamedTuple):
+    """A value of a table; `better` marks the better side."""
+
+    text: str
+    better: bool = False
+    kind: str = ""
+
+
+class Table(NamedTuple):
+    """Header and rows of equal length; the first cell of a row names it. `folded`: shown when asked for."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    folded: bool = False
+
+
+class Figure(NamedTuple):
+    """Drawings side by side under one caption; `scale` is a colour scale. `runs`: lines are told apart by a legend."""
+
+    caption: str
+    drawings: Sequence[tuple[str, str]]  # (heading or "", svg)
+    scale: str = ""
+    runs: bool = False
+
+
+class Text(NamedTuple):
+    """A paragraph. kind: "" or "flag", for what limits the comparison; `code` is a command on a line of its own."""
+
+    text: str
+    kind: str = ""
+    code: str = ""
+
+
+class Section(NamedTuple):
+    """A heading and what stands under it."""
+
+    name: str
+    title: str
+    blocks: Sequence[Table | Figure | Text]
+
+
+def percent(value: Any) -> str:
+    """A share as a percentage."""
+    value = number(value)
+    if value is None or not math.isfinite(value):
+        return brief(value)
+    return f"{value * 100:.2f} %" if value == 0 or abs(value) >= 1e-4 else f"{value * 100:.1g} %"
+
+
+def loss(value: Any) -> str:
+    """A loss in nats, four decimals."""
+    value = number(value)
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else brief(value)
+
+
+def plain_number(value: Any) -> str:
+    """Any number of a result file."""
+    return brief(value if isinstance(value, int) and not isinstance(value, bool) else number(value))
+
+
+def value_text(value: Any) -> str:
+    if value is None:
+        return "\u2013"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
+
+
+def visible(token: str) -> str:
+    """A token as a label: spaces shown, at most 12 characters."""
+    shown = token.replace(" ", "\u00b7").replace("\r\n", "\n").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return shown if len(shown) <= 12 else shown[:11] + "\u2026"
+
+
+def ranked(label: str, values: Sequence[Any], better: str | None, show: Callable[[Any], str]) -> list[str | Cell]:
+    """A row with the best value marked: better is "lower", "higher" or None; a tie marks nobody."""
+    numbers = [finite(value) for value in values]
+    known = sorted(n for n in numbers if n is not None)
+    best = None
+    if better and len(known) > 1:
+        ordered = known if better == "lower" else known[::-1]
+        best = ordered[0] if ordered[0] != ordered[1] else None
+    return [label, *(Cell(show(v), n is not None and n == best) for v, n in zip(values, numbers, strict=True))]
+
+
+def missing(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
+    without = [run for run in runs if run[kind] is None]
+    if without:
+        names = ", ".join(run["label"] for run in without)
+        sources = " ".join(run["source"] for run in without)
+        yield Text(f"Not measured: {names}. Measure with", code=f"{COMMANDS[kind]} {sources}")
+
+
+def flags(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
+    """What forbids ranking these results."""
+    for run in runs:
+        if kind in run["stale"]:
+            yield Text(f"{run['label']}: {run['stale'][kind]}", "flag")
+    if reason := mismatch(kind, runs):
+        yield Text(f"Measured under different conditions, so no side is marked: {reason}.", "flag")
+
+
+def rankable(kind: str, runs: Sequence[dict[str, Any]]) -> bool:
+    return not any(kind in run["stale"] for run in runs) and mismatch(kind, runs) is None

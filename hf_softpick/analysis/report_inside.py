@@ -1,0 +1,216 @@
+"""Sections of a comparison about the inside of the models: sinks, maps, hidden states, sparsity."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from hf_softpick.analysis.claims import largest
+from hf_softpick.analysis.report_blocks import (
+    Figure,
+    Table,
+    Text,
+    flags,
+    missing,
+    percent,
+    plain_number,
+    rankable,
+    ranked,
+    visible,
+)
+from hf_softpick.analysis.report_figures import Series, colour_bar, heat_map, line_chart
+from hf_softpick.analysis.run_records import finite, lookup, number
+
+
+def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    yield from missing("statistics", runs)
+    measured = [run for run in runs if run["statistics"]]
+    if not measured:
+        return
+    yield from flags("statistics", runs)
+    yield statistics_table(runs)
+    first = [
+        (run["label"], _layer_map(run, "sink_rate", f"Sink rate of {run['label']} by layer and head"))
+        for run in measured
+    ]
+    mass = [
+        (run["label"], _layer_map(run, "row_mass", f"Row mass of {run['label']} by layer and head"))
+        for run in measured
+    ]
+    yield Figure(
+        "Sink rate: share of sequences in which a head gives the first token a mean weight above 0.3.",
+        first,
+        colour_bar("sink rate", percent=True),
+    )
+    yield Figure(
+        "Row mass: mean sum of a row of weights. Softmax always has 1; softpick may give less, down to 0.",
+        mass,
+        colour_bar("row mass"),
+    )
+
+
+STATISTICS_ROWS = (
+    ("Sink rate, first token", "sink_rate", "lower", percent),
+    ("Sink rate, first 4 tokens", "sink_rate_first4", "lower", percent),
+    ("Sink rate, any position", "sink_rate_any", "lower", percent),
+    ("Row mass", "row_mass", None, plain_number),
+    ("Rows without any weight", "empty_rows", None, percent),
+    ("Weights exactly 0", "sparsity", None, percent),
+    ("Weights up to 1e-5", "sparsity_small", None, percent),
+    ("Empty tiles of 64 x 64", "empty_tiles_64", None, percent),
+    ("Empty tiles of 128 x 128", "empty_tiles_128", None, percent),
+    ("Entropy, nats", "entropy", None, plain_number),
+    ("Distance attended, tokens", "distance", None, plain_number),
+    ("Dormant heads", "dormant_heads", "lower", plain_number),
+    ("Kurtosis, mean over layers", "kurtosis", "lower", plain_number),
+    ("Kurtosis, largest layer", "kurtosis_max", "lower", plain_number),
+    ("Hidden states, largest absolute value", None, "lower", plain_number),
+    ("Massive activations", "massive_activations", "lower", plain_number),
+)
+
+
+def statistics_table(runs: list[dict[str, Any]]) -> Table:
+    """The summary of statistics.json of every run."""
+    rank = rankable("statistics", runs)
+    rows = []
+    for name, key, better, show in STATISTICS_ROWS:
+        values = [(largest(r) if key is None else lookup(r["statistics"], f"summary.{key}")) for r in runs]
+        rows.append(ranked(name, values, better if rank else None, show))
+    return Table("Statistics of attention and activations", ["", *(run["label"] for run in runs)], rows)
+
+
+def _layer_map(run: dict[str, Any], name: str, title: str) -> str:
+    values = [[number(v) for v in layer["heads"][name]] for layer in run["statistics"]["layers"]]
+    rows, columns = len(values), max(map(len, values))
+    return heat_map(
+        title,
+        values,
+        "layer",
+        "head",
+        row_names=[str(layer["layer"]) for layer in run["statistics"]["layers"]],
+        column_names=[str(head) for head in range(columns)],
+        cell=max(8, min(28, 420 // max(rows, columns))),
+    )
+
+
+def maps(comparison: dict[str, Any]) -> Iterator[Table | Figure | Text]:
+    rows = []
+    for run in comparison["runs"]:
+        maps = run.get("attention_maps")
+        if not maps:
+            reason = run.get("attention_maps_reason") or "left out with --no-maps"
+            yield Text(f"Not measured: {run['label']} ({reason}).")
+            continue
+        drawings = []
+        for item in maps["maps"]:
+            names = [visible(token) for token in maps["tokens"]]
+            drawing = heat_map(
+                f"Attention of {run['label']}, layer {item['layer']}, head {item['head']}",
+                [[number(w) for w in row] for row in item["weights"]],
+                "query token",
+                "key token",
+                row_names=names,
+                column_names=names,
+                cell=max(9, min(18, 420 // len(names))),
+                root=True,
+                bars=[number(mass) for mass in item["row_mass"]],
+            )
+            drawings.append((f"Layer {item['layer']}, head {item['head']}: {item['why']}", drawing))
+            weights = [number(w) for row in item["weights"] for w in row]
+            zero = sum(w == 0 for w in weights) / len(weights)
+            mean_mass = sum(number(m) for m in item["row_mass"]) / len(item["row_mass"])
+            where = f"{run['label']}, layer {item['layer']}, head {item['head']}"
+            rows.append([where, item["why"], plain_number(item["first_mass"]), plain_number(mean_mass), percent(zero)])
+        cut = " (cut)" if maps["cut"] else ""
+        yield Figure(
+            f"{run['label']}: weights on {len(maps['tokens'])} tokens{cut}; heads chosen by {maps['chosen_by']}.",
+            drawings,
+            colour_bar("weight", root=True),
+        )
+    if rows:
+        header = ["Head", "Why", "Mean weight of the first token", "Mean row mass", "Exactly 0"]
+        yield Table("The maps in figures, on this one text", header, rows)
+
+
+def _by_layer(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> list[Series]:
+    return [
+        Series(
+            run["label"],
+            i,
+            [(layer["layer"], y) for layer in run["statistics"]["layers"] if (y := finite(value(layer))) is not None],
+        )
+        for i, run in enumerate(runs)
+        if run["statistics"]
+    ]
+
+
+def _extreme(layer: dict[str, Any]) -> float | None:
+    ends = [number(layer["hidden"].get(end)) for end in ("max", "min")]
+    return None if None in ends else max(map(abs, ends))
+
+
+def _mean_heads(name: str) -> Callable[[dict[str, Any]], float | None]:
+    def mean(layer: dict[str, Any]) -> float | None:
+        values = [v for v in map(finite, layer["heads"].get(name, [])) if v is not None]
+        return sum(values) / len(values) if values else None
+
+    return mean
+
+
+def _layer_table(caption: str, names: Sequence[str], series: Sequence[Sequence[Series]], show: Callable) -> Table:
+    """One row a layer, one column a run and quantity."""
+    layers = sorted({x for lines in series for line in lines for x, _ in line.points})
+    header = ["Layer", *(f"{line.label}: {name}" for name, lines in zip(names, series, strict=True) for line in lines)]
+    values = [dict(line.points) for lines in series for line in lines]
+    return Table(caption, header, [[str(x), *(show(v.get(x)) for v in values)] for x in layers], folded=True)
+
+
+def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    yield from missing("statistics", runs)
+    if not any(run["statistics"] for run in runs):
+        return
+    yield from flags("statistics", runs)
+    largest_lines = _by_layer(runs, _extreme)
+    kurtosis = _by_layer(runs, lambda layer: layer["hidden"].get("kurtosis"))
+    yield Figure(
+        "Hidden states after each block, by layer; both axes of values are logarithmic.",
+        [
+            (
+                "Largest absolute value",
+                line_chart("Largest hidden value", largest_lines, "layer", "largest |h|", True),
+            ),
+            ("Kurtosis", line_chart("Kurtosis of hidden states", kurtosis, "layer", "kurtosis", True, dots=True)),
+        ],
+        runs=True,
+    )
+    rows = []
+    for run in runs:
+        layers = (run["statistics"] or {}).get("layers", [])
+        found = [
+            (abs(v), layer) for layer in layers if (v := finite(lookup(layer, "hidden.largest.value"))) is not None
+        ]
+        if found:
+            layer = max(found, key=lambda item: item[0])[1]
+            place = layer["hidden"]["largest"]
+            token = visible(str(place["token"])) if place.get("token") is not None else "\u2013"
+            numbers = [plain_number(place.get(key)) for key in ("value", "channel", "position")]
+            rows.append([run["label"], numbers[0], str(layer["layer"]), numbers[1], numbers[2], token])
+    if rows:
+        header = ["", "Largest value", "Layer", "Channel", "Position in the row", "Token"]
+        yield Table("Where the largest hidden value stands", header, rows)
+    yield _layer_table("Hidden states by layer", ["largest |h|", "kurtosis"], [largest_lines, kurtosis], plain_number)
+
+
+def sparsity(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    yield from missing("statistics", runs)
+    if not any(run["statistics"] for run in runs):
+        return
+    yield from flags("statistics", runs)
+    exact, small = _by_layer(runs, _mean_heads("sparsity")), _by_layer(runs, _mean_heads("sparsity_small"))
+    tiles = _by_layer(runs, _mean_heads("empty_tiles_64"))
+    share = "share of weights"
+    drawings = [
+        ("Exactly 0", line_chart("Share of weights exactly 0", exact, "layer", share, from_zero=True, dots=True)),
+        ("Up to 1e-5", line_chart("Share of weights up to 1e-5", small, "layer", share, from_zero=True, dots=True)),
+    ]
+    yield Figure("Visible attention weights, mean over the heads of a layer.", drawings, runs=True)
+    names = ["exactly 0", "up to 1e-5", "empty tiles of 64 x 64"]
+    yield _layer_table("Sparsity by layer", names, [exact, small, tiles], percent)

@@ -1,0 +1,212 @@
+"""Sections of a comparison about what the models achieve: loss, quantization, tasks, passkey."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hf_softpick.analysis.claims import measured_formats
+from hf_softpick.analysis.report_blocks import (
+    Cell,
+    Figure,
+    Table,
+    Text,
+    flags,
+    loss,
+    missing,
+    percent,
+    plain_number,
+    rankable,
+    ranked,
+    words,
+)
+from hf_softpick.analysis.report_figures import Series, brief, colour_bar, heat_map, line_chart
+from hf_softpick.analysis.run_records import finite, lookup, number
+
+
+def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    curves = [(i, run["label"], run["curves"]) for i, run in enumerate(runs) if run["curves"]]
+    without = [run["label"] for run in runs if not run["curves"]]
+    if without:
+        yield Text(f"No run folder, so no curves: {', '.join(without)}.")
+    lines = [Series(f"{label}, training", i, c["train"]) for i, label, c in curves]
+    lines += [Series(f"{label}, validation", i, c["eval"], hollow=True) for i, label, c in curves]
+    chart = line_chart("Loss by training step", lines, "step", "loss (nats per token)")
+    if not chart:
+        yield Text("Not measured: no run has a metrics.jsonl with losses.")
+        return
+    drawings = [("Loss", chart)]
+    late = [
+        s._replace(points=[p for p in s.points if p[0] >= 0.5 * max(x for x, _ in s.points)])
+        for s in lines
+        if s.points
+    ]
+    if max(len(s.points) for s in late) > 2:
+        drawings.append(("Second half", line_chart("Loss, second half", late, "step", "loss (nats per token)")))
+    yield Figure("Training loss (line) and validation loss (circles).", drawings, runs=True)
+    values = [run["curves"] or {} for run in runs]
+    several = len({v.get("last_step") for v in values if v}) > 1
+    if several:
+        yield Text("The runs stand at different steps, so no loss is marked.", "flag")
+    lower = None if several else "lower"
+    rows = [
+        ranked("Training loss, mean of the last tenth", [v.get("last_train_loss") for v in values], lower, loss),
+        ranked("  its log lines", [v.get("last_train_lines") for v in values], None, plain_number),
+        ranked("  their standard deviation", [v.get("last_train_deviation") for v in values], None, loss),
+        ranked("Validation loss, last", [v.get("last_eval_loss") for v in values], lower, loss),
+        ranked("  its tokens", [v.get("eval_tokens") for v in values], None, plain_number),
+        ranked("Steps", [v.get("last_step") for v in values], None, plain_number),
+        ranked("Tokens seen", [v.get("tokens_seen") for v in values], None, plain_number),
+    ]
+    yield Table("Loss in nats per token", ["", *(run["label"] for run in runs)], rows)
+    machines = [_machine(run) for run in runs]
+    equal = len(set(machines)) == 1 and machines[0]
+    if not equal:
+        yield Text("The runs were trained on different or unknown hardware, so no throughput is marked.", "flag")
+    rows = [
+        ranked(
+            "Tokens per second, median",
+            [v.get("tokens_per_second") for v in values],
+            "higher" if equal else None,
+            _whole,
+        ),
+        ranked("  20th percentile", [v.get("tokens_per_second_20") for v in values], None, _whole),
+        ranked("  80th percentile", [v.get("tokens_per_second_80") for v in values], None, _whole),
+        ranked("Peak memory, GiB", [v.get("memory_gib") for v in values], "lower" if equal else None, plain_number),
+        ["Hardware", *(machine or "\u2013" for machine in machines)],
+    ]
+    yield Table("Throughput over the log lines, the first left out", ["", *(run["label"] for run in runs)], rows)
+
+
+def _whole(value: Any) -> str:
+    value = finite(value)
+    return brief(None) if value is None else f"{value:,.0f}"
+
+
+def _machine(run: dict[str, Any]) -> str:
+    launch = run["environment"]
+    if not launch:
+        return ""
+    gpus = launch.get("gpus") or []
+    names = ", ".join(str(g.get("name", g) if isinstance(g, dict) else g) for g in gpus)
+    return f"{names or str(launch.get('cpus')) + ' CPUs'}, processes: {launch.get('processes')}"
+
+
+def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    yield from missing("quantization", runs)
+    if not any(run["quantization"] for run in runs):
+        return
+    yield from flags("quantization", runs)
+    measured = [measured_formats(run) for run in runs]
+    bits = {name: finite(item.get("bits")) or 0 for found in measured for name, item in found.items()}
+    order = sorted(bits, key=lambda name: (-bits[name], name))
+    lines = []
+    for i, (run, found) in enumerate(zip(runs, measured, strict=True)):
+        points = [
+            (x, y)
+            for x, name in enumerate(order)
+            if (y := finite(found.get(name, {}).get("loss_increase"))) is not None
+        ]
+        lines.append(Series(run["label"], i, points))
+    names = [f"{name} ({bits[name]:g} bit)" if str(int(bits[name])) not in name else name for name in order]
+    title = "Loss increase by format, from many bits to few"
+    chart = line_chart(title, lines, "format", "loss increase (nats)", x_names=names, from_zero=True, dots=True)
+    if chart:
+        yield Figure(f"{title}.", [("", chart)], runs=True)
+    rank = "lower" if rankable("quantization", runs) else None
+    rows: list[Sequence[str | Cell]] = [
+        ranked("unquantized: loss", [lookup(r["quantization"], "baseline.loss") for r in runs], rank, loss)
+    ]
+    for name in order:
+        rows.append(
+            ranked(f"{name}: loss increase", [f.get(name, {}).get("loss_increase") for f in measured], rank, loss)
+        )
+    for name in order:
+        rows.append(ranked(f"{name}: loss", [f.get(name, {}).get("loss") for f in measured], rank, loss))
+    for name, reasons in _unmeasured_formats(runs).items():
+        rows.append([name, *reasons])
+    yield Table("Loss in nats per token", ["", *(run["label"] for run in runs)], rows)
+
+
+def _unmeasured_formats(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for i, run in enumerate(runs):
+        for item in (run["quantization"] or {}).get("formats", []):
+            if item.get("status") != "measured":
+                reasons = found.setdefault(item["format"], ["\u2013"] * len(runs))
+                reasons[i] = f"{item.get('status')}: {item.get('reason', 'no reason given')}"
+    return found
+
+
+def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    yield from missing("downstream", runs)
+    if not any(run["downstream"] for run in runs):
+        return
+    yield from flags("downstream", runs)
+    tasks = dict.fromkeys(task for run in runs for task in (run["downstream"] or {}).get("tasks", {}))
+    rows = []
+    for task in tasks:
+        results = [lookup(run["downstream"], "tasks") or {} for run in runs]
+        results = [found.get(task) or {} for found in results]
+        metrics = dict.fromkeys(metric for found in results for metric in found.get("metrics", {}))
+        for metric in metrics:
+            rows.append(_task_row(f"{task}, {metric}", metric, results, rankable("downstream", runs)))
+        if any("error" in found for found in results):
+            rows.append([f"{task}, not measured", "\u2013", *(str(found.get("error", "\u2013")) for found in results)])
+    caption = "Value and standard error; a side is marked if it leads by more than twice the joint standard error"
+    yield Table(caption, ["Task", "Samples", *(run["label"] for run in runs)], rows)
+    bos = {run["label"]: lookup(run["downstream"], "bos.add_bos_token") for run in runs if run["downstream"]}
+    if len(set(bos.values())) > 1:
+        yield Text("Prompts began with BOS in some runs only, each as it was trained.", "flag")
+
+
+def _task_row(label: str, metric: str, results: list[dict[str, Any]], rank: bool) -> list[str | Cell]:
+    items = [found.get("metrics", {}).get(metric, {}) for found in results]
+    values, errors = [finite(i.get("value")) for i in items], [finite(i.get("stderr")) for i in items]
+    samples = {found["samples"] for found in results if "samples" in found}
+    equal = len(samples) == 1 and len({_version(found) for found in results if found}) == 1
+    sign = 1 if next((i["higher_is_better"] for i in items if "higher_is_better" in i), True) else -1
+    order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: -sign * values[i])
+    best = None
+    if rank and equal and len(order) > 1 and None not in (errors[order[0]], errors[order[1]]):
+        lead = abs(values[order[0]] - values[order[1]])
+        best = order[0] if lead > 2 * math.hypot(errors[order[0]], errors[order[1]]) else None
+    texts = [
+        brief(v) + (f" \u00b1 {brief(e)}" if v is not None and e is not None else "")
+        for v, e in zip(values, errors, strict=True)
+    ]
+    count = " / ".join(plain_number(n) for n in sorted(samples)) or "\u2013"
+    return [label, count, *(Cell(text, i == best) for i, text in enumerate(texts))]
+
+
+def _version(found: dict[str, Any]) -> str:
+    """The version of a task, as text: versions are numbers or names."""
+    return str(found.get("version"))
+
+
+def passkey(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    yield from missing("passkey", runs)
+    measured = [run for run in runs if run["passkey"]]
+    if not measured:
+        return
+    yield from flags("passkey", runs)
+    drawings, rows = [], []
+    for run in measured:
+        record = run["passkey"]
+        lengths = [f"{length:,}" for length in record["lengths"]]
+        depths = [f"{depth:.0%}" for depth in record["depths"]]
+        values = [[number(v) for v in row] for row in record["accuracy"]]
+        title = f"Passkey accuracy of {run['label']} by length and depth"
+        drawings.append(
+            (run["label"], heat_map(title, values, "tokens", "depth of the key", 1.0, lengths, depths, 34))
+        )
+        for length, row in zip(lengths, values, strict=True):
+            rows.append([run["label"], length, *(percent(v) for v in row)])
+        for refused in record.get("refused") or []:
+            yield Text(f"{run['label']} refused: {refused if isinstance(refused, str) else words(refused)}.")
+    samples = ", ".join(f"{run['label']} {run['passkey']['samples']}" for run in measured)
+    yield Figure(
+        f"Share of keys retrieved. Samples per cell: {samples}.", drawings, colour_bar("accuracy", percent=True)
+    )
+    if len({str(run["passkey"]["depths"]) for run in measured}) == 1:
+        header = ["Run", "Tokens", *(f"depth {depth:.0%}" for depth in measured[0]["passkey"]["depths"])]
+        yield Table("Passkey accuracy", header, rows, folded=True)

@@ -1,0 +1,140 @@
+"""A comparison as sections of text, tables and figures, in the order of the story; HTML and Markdown show these."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hf_softpick.analysis.claims import REPRODUCED
+from hf_softpick.analysis.report_blocks import (
+    Cell,
+    Section,
+    Table,
+    Text,
+    loss,
+    percent,
+    plain_number,
+    value_text,
+    words,
+)
+from hf_softpick.analysis.report_inside import activations, maps, sinks, sparsity
+from hf_softpick.analysis.report_results import downstream, passkey, quantization, training
+from hf_softpick.analysis.run_records import COMMANDS, lookup
+
+
+def headline(comparison: dict[str, Any]) -> str:
+    """The verdict in two sentences."""
+    claims = comparison["claims"]
+    names = {
+        verdict: [row["claim"] for row in claims if row["verdict"] == verdict]
+        for verdict in dict.fromkeys([REPRODUCED, *(row["verdict"] for row in claims)])
+    }
+    first = f"{len(names[REPRODUCED])} of {len(claims)} claims of the paper are reproduced by these runs"
+    listed = [f"{verdict}: {', '.join(_lower_first(n) for n in found)}" for verdict, found in names.items() if found]
+    return f"{first}. {'; '.join(listed).capitalize() if listed else ''}."
+
+
+def sections(comparison: dict[str, Any]) -> list[Section]:
+    """All sections but the head of the page."""
+    runs = comparison["runs"]
+    return [
+        Section("loss", "Training loss and throughput", list(training(runs))),
+        Section("sinks", "Attention sinks and row mass", list(sinks(runs))),
+        Section("maps", "Attention maps", list(maps(comparison))),
+        Section("activations", "Hidden states", list(activations(runs))),
+        Section("sparsity", "Sparsity of the attention", list(sparsity(runs))),
+        Section("quantization", "Loss under quantization", list(quantization(runs))),
+        Section("downstream", "Downstream tasks", list(downstream(runs))),
+        Section("passkey", "Passkey retrieval", list(passkey(runs))),
+        Section("recipes", "What differs between the recipes", list(_recipes(comparison))),
+        Section("method", "How it was measured", list(_method(comparison))),
+    ]
+
+
+def claims_table(comparison: dict[str, Any]) -> Table:
+    """The paper's claims with the figures of these runs."""
+    pair = comparison["pair"]
+    labels = [label for label in (pair["softmax"], pair["softpick"]) if label]
+    rows = []
+    for row in comparison["claims"]:
+        cells = [
+            ", ".join(f"{name} {_claim_figure(name, value)}" for name, value in row["figures"].get(label, {}).items())
+            for label in labels
+        ]
+        sample = f" ({row['sample']})" if row["sample"] else ""
+        verdict = Cell(row["verdict"], kind="verdict " + row["verdict"].replace(" ", "-"))
+        rows.append(
+            [row["claim"], verdict, *(c or "\u2013" for c in cells), row["detail"] + sample, row["rule"], row["paper"]]
+        )
+    return Table(
+        "Claims of the paper (arXiv 2504.20966) tried on these runs",
+        ["Claim", "Verdict", *labels, "Finding (sample)", "Rule of the verdict", "Paper"],
+        rows,
+    )
+
+
+def _claim_figure(name: str, value: Any) -> str:
+    if name in ("sink rate", "exactly 0", "up to 1e-5"):
+        return percent(value)
+    return loss(value) if name.endswith("loss") or "int" in name or "bit" in name else plain_number(value)
+
+
+def _lower_first(text: str) -> str:
+    return text[0].lower() + text[1:]
+
+
+def _recipes(comparison: dict[str, Any]) -> Iterator[Table | Text]:
+    runs, differences = comparison["runs"], comparison["recipe_differences"]
+    without = [run["label"] for run in runs if run["recipe"] is None]
+    if without:
+        yield Text(f"No recipe is known of {', '.join(without)}.")
+    if differences:
+        rows = [
+            [item["key"], *map(value_text, item["values"]), "yes" if item["training"] else "no"]
+            for item in differences
+        ]
+        header = ["Value", *(run["label"] for run in runs), "Can change what is learnt"]
+        yield Table("Recipe values that differ", header, rows)
+    elif len(without) < len(runs) - 1:
+        yield Text("The recipes do not differ.")
+    fields = ("normalizer", "architecture", "layers", "heads", "key_heads", "hidden_size", "vocab_size", "parameters")
+    rows = [[name.replace("_", " "), *(value_text(run["model"].get(name)) for run in runs)] for name in fields]
+    for name in ("commit", "strategy", "platform"):
+        rows.append([name, *(value_text((run["environment"] or {}).get(name)) for run in runs)])
+    for name in ("torch", "transformers", "hf_softpick"):
+        rows.append(
+            [f"{name} (training)", *(value_text(lookup(run["environment"], f"versions.{name}")) for run in runs)]
+        )
+    yield Table("Models and where they were trained", ["", *(run["label"] for run in runs)], rows)
+
+
+def _method(comparison: dict[str, Any]) -> Iterator[Table | Text]:
+    runs = comparison["runs"]
+    for kind in COMMANDS:
+        measured = [run for run in runs if run[kind]]
+        if not measured:
+            continue
+        names = dict.fromkeys(
+            name
+            for run in measured
+            for name, v in (run[kind].get("data") or {}).items()
+            if not isinstance(v, (dict, list))
+        )
+        rows = [
+            [name.replace("_", " "), *(value_text((r[kind].get("data") or {}).get(name)) for r in measured)]
+            for name in names
+        ]
+        if kind == "downstream":
+            counts = [{t: f.get("samples") for t, f in r[kind].get("tasks", {}).items()} for r in measured]
+            rows.append(["samples", *(words(c) for c in counts)])
+        if kind == "passkey":
+            rows.append(["samples per cell", *(value_text(r[kind].get("samples")) for r in measured)])
+        for name in ("dtype", "attn_implementation", "trained_steps", "add_bos"):
+            rows.append([name.replace("_", " "), *(value_text(lookup(r[kind], f"model.{name}")) for r in measured)])
+        rows.append(["seconds", *(plain_number(r[kind].get("seconds")) for r in measured)])
+        for name in ("hf_softpick", "torch", "transformers"):
+            rows.append([name, *(value_text(lookup(r[kind], f"versions.{name}")) for r in measured)])
+        yield Table(f"{kind.capitalize()}: sample and conditions", ["", *(run["label"] for run in measured)], rows)
+    texts = {run["attention_maps"]["text"] for run in runs if run.get("attention_maps")}
+    for text in texts:
+        yield Text("Text of the attention maps:", code=text)
+    used = ", ".join(f"{name} {version}" for name, version in comparison["versions"].items())
+    yield Text(f"Report of {comparison['time']}, with {used}.")
