@@ -68,10 +68,16 @@ def test_public_functions_have_docstrings():
 
 
 def test_no_unsafe_loading():
-    """Beyond what ruff sees: no pickle, no unrestricted torch.load, no YAML 1.1 reader in the package."""
+    """Beyond what ruff sees: no pickle, no unrestricted torch.load, no YAML 1.1 reader in the package.
+
+    One file reads a pickle, by an unpickler that admits only the classes in its list; tests/conversion attacks it.
+    """
     for path in _files(".py"):
         if path.is_relative_to(ROOT / "hf_softpick"):
             text = path.read_text(encoding="utf-8")
+            if path.relative_to(ROOT / "hf_softpick").as_posix() == "conversion/dcp.py":
+                assert set(re.findall(r"\bpickle\.(\w+)", text)) == {"Unpickler"}
+                text = text.replace("import pickle\n", "")
             assert not re.search(r"^\s*(?:import|from) (?:pickle|yaml)\b", text, re.M), path
             assert "weights_only=False" not in text, path
             assert not re.search(r"shell\s*=\s*True", text), path
