@@ -89,22 +89,7 @@ def passkey_grid(
     refused = []
     for length in chosen:
         try:
-            cells = [
-                [
-                    build_prompt(
-                        loaded.tokenizer,
-                        loaded.add_bos,
-                        length,
-                        depth,
-                        room,
-                        sample=sample,
-                        distractors=distractors,
-                        seed=seed,
-                    )
-                    for sample in range(samples)
-                ]
-                for depth in depths
-            ]
+            cells = _prompts(loaded, length, depths, room, samples=samples, distractors=distractors, seed=seed)
             grid.append((length, cells))
         except TooShort as error:
             refused.append({"length": length, "reason": str(error)})
@@ -156,6 +141,15 @@ def passkey_grid(
                 result[name].append(row)
             after_length(result)
     return result
+
+
+def _prompts(
+    loaded: LoadedModel, length: int, depths: Sequence[float], room: int, samples: int, **options: int
+) -> list[list[Prompt]]:
+    def build(depth: float, sample: int) -> Prompt:
+        return build_prompt(loaded.tokenizer, loaded.add_bos, length, depth, room, sample=sample, **options)
+
+    return [[build(depth, sample) for sample in range(samples)] for depth in depths]
 
 
 def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
