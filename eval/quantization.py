@@ -44,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from hf_softpick.analysis.quantization_formats import parse_formats
+
+    formats = parse_formats(options.formats)
+
     from hf_softpick.analysis.loading import describe
     from hf_softpick.analysis.quantization import format_table, measure_quantization, plot_quantization
-    from hf_softpick.analysis.quantization_formats import parse_formats
     from hf_softpick.files import write_json
     from hf_softpick.versions import versions
 
-    formats = parse_formats(options.formats)
     evaluate = _evaluation(options) if options.tasks else None
     if not options.debug:
         warnings.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 bitsandbytes, optimum-quanto, torchao and GPTQ are reached through transformers' quantization configs, HQQ, which
 transformers 5.23 does not apply while loading, through its own call. All keep lm_head and embeddings in float.
+Importing this imports nothing heavy, so that a wrong name is told at once.
 """
 
 import importlib.metadata
@@ -10,14 +11,15 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
-
-from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_softpick.analysis.loading import LoadedModel
 
 GROUP_SIZES = (128, 64, 32)
 """Weights that share one scale; the largest that divides the rows of every layer is taken."""
@@ -31,10 +33,10 @@ class Request(NamedTuple):
     """What a library is told. dtype: of what stays in float. group_size: weights that share one scale. texts: for
     calibration, empty where the format needs none."""
 
-    dtype: torch.dtype
-    device: torch.device
+    dtype: "torch.dtype"
+    device: "torch.device"
     group_size: int
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     texts: list[str]
 
 
@@ -51,7 +53,7 @@ class Format(NamedTuple):
     modules: tuple[str, ...]
     distribution: str
     config: Callable[[Request], Any] | None = None
-    apply: Callable[[PreTrainedModel, Request], None] | None = None
+    apply: Callable[["PreTrainedModel", Request], None] | None = None
     calibrated: bool = False
 
 
@@ -92,6 +94,7 @@ def _torchao_int8_dynamic(request: Request) -> Any:
 
 def _torchao_int4(request: Request) -> Any:
     """The values of Int4WeightOnlyConfig in a byte each: its own packed storage needs a GPU and mslk."""
+    import torch
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
     from transformers import TorchAoConfig
 
@@ -99,8 +102,8 @@ def _torchao_int4(request: Request) -> Any:
     return TorchAoConfig(IntxWeightOnlyConfig(torch.int4, granularity, MappingType.ASYMMETRIC))
 
 
-def _hqq(bits: int) -> Callable[[PreTrainedModel, Request], None]:
-    def apply(model: PreTrainedModel, request: Request) -> None:
+def _hqq(bits: int) -> Callable[["PreTrainedModel", Request], None]:
+    def apply(model: "PreTrainedModel", request: Request) -> None:
         from hqq.core.quantize import BaseQuantizeConfig
         from hqq.models.hf.base import AutoHQQHFModel
 
@@ -176,7 +179,7 @@ def library(item: Format) -> str | None:
         return None
 
 
-def load_quantized(item: Format, load: Callable[..., LoadedModel], request: Request) -> LoadedModel:
+def load_quantized(item: Format, load: Callable[..., "LoadedModel"], request: Request) -> "LoadedModel":
     """A model in one format.
 
     Args:
@@ -202,6 +205,8 @@ def load_quantized(item: Format, load: Callable[..., LoadedModel], request: Requ
 @contextmanager
 def _captured() -> Iterator[list[str]]:
     """Collect what transformers logs, and do not print it: tables of all layers, the library's error among them."""
+    from transformers.utils import logging as transformers_logging
+
     messages: list[str] = []
 
     class Collector(logging.Handler):

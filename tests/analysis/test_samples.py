@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_models import BOS, byte_tokenizer
 from training_runs import write_recipe
 from transformers import PreTrainedTokenizerFast
 
@@ -18,17 +18,11 @@ from hf_softpick.errors import DataError, RecipeError
 from hf_softpick.training.recipe import load_recipe
 
 EVAL = Path(__file__).parents[2] / "eval"
-BOS = 256
 
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
-    """One token a byte, id = place in the alphabet; 256 is BOS."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>")
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
