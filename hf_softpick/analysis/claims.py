@@ -107,7 +107,7 @@ def _sink(run: dict[str, Any]) -> float | None:
 def _sink_rate(sides: Sides) -> dict[str, Any]:
     row = {
         "claim": "Softpick has a sink rate of 0",
-        "paper": "0 % (340M and 1.8B)",
+        "paper": "0% (340M and 1.8B)",
         "rule": f"No attention map of the softpick run gives its first token a mean weight above {SINK_EPSILON}.",
         "verdict": NOT_MEASURED,
         "figures": _figures([sides.softpick], "statistics", {"sink rate": "summary.sink_rate"}),
@@ -120,17 +120,17 @@ def _sink_rate(sides: Sides) -> dict[str, Any]:
     rate, maps = _sink(run), _maps(run)
     if rate is None or not maps:
         return {**row, "detail": "No sequence was long enough to tell, or the rate is not a number."}
-    row["sample"] = f"{maps:,} maps ({lookup(run['statistics'], 'data.sink_sequences'):,} sequences)"
+    row["sample"] = f"{maps:,} maps, {lookup(run['statistics'], 'data.sink_sequences'):,} sequences"
     if rate == 0:
-        detail = f"None of {maps:,} attention maps has a sink; a rate below {1 / maps:.1g} would not show."
+        detail = f"No map has a sink; a rate below {1 / maps:.2%} would not show."
         return {**row, "verdict": REPRODUCED, "detail": detail}
-    return {**row, "verdict": NOT_REPRODUCED, "detail": f"{rate:.2%} of {maps:,} attention maps have a sink."}
+    return {**row, "verdict": NOT_REPRODUCED, "detail": f"{rate:.2%} of the maps have a sink."}
 
 
 def _sinks_removed(sides: Sides) -> dict[str, Any]:
     row = {
         "claim": "Softmax has sinks, softpick removes them",
-        "paper": "softmax above 0 %, softpick 0 %",
+        "paper": "softpick 0%, softmax well above",
         "rule": "The sink rate of the softmax run is above 0, that of the softpick run is 0.",
         "figures": _figures(list(sides[:2]), "statistics", {"sink rate": "summary.sink_rate"}),
         "verdict": NOT_MEASURED,
@@ -211,10 +211,10 @@ def _maximum(sides: Sides) -> dict[str, Any]:
 def _sparse(sides: Sides) -> dict[str, Any]:
     row = {
         "claim": "Sparse attention maps",
-        "paper": "46.97 % (340M, weights up to 1e-5)",
+        "paper": "46.97% (340M, weights up to 1e-5)",
         "rule": f"At least {SPARSE_FROM:.0%} of the visible weights of the softpick run are exactly 0.",
         "figures": _figures(
-            list(sides[:2]), "statistics", {"exactly 0": "summary.sparsity", "up to 1e-5": "summary.sparsity_small"}
+            list(sides[:2]), "statistics", {"exact zeros": "summary.sparsity", "up to 1e-5": "summary.sparsity_small"}
         ),
         "verdict": NOT_MEASURED,
     }

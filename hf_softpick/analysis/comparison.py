@@ -45,7 +45,7 @@ CONDITIONS = {
         "thresholds",
     ),
     "quantization": ("data.description", "data.tokens", "baseline.dtype"),
-    "passkey": ("lengths", "depths", "samples"),
+    "passkey": ("lengths", "depths", "samples", "seed", "choice_chance"),
     "downstream": (),
 }
 

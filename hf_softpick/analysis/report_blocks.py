@@ -56,13 +56,21 @@ def percent(value: Any) -> str:
     value = number(value)
     if value is None or not math.isfinite(value):
         return brief(value)
-    return f"{value * 100:.2f} %" if value == 0 or abs(value) >= 1e-4 else f"{value * 100:.1g} %"
+    if value in (0, 1):
+        return f"{value:.0%}"
+    return f"{value:.2%}" if abs(value) >= 1e-4 else f"{value * 100:.1g}%"
 
 
 def loss(value: Any) -> str:
     """A loss in nats, four decimals."""
     value = number(value)
     return f"{value:.4f}" if value is not None and math.isfinite(value) else brief(value)
+
+
+def increase(value: Any) -> str:
+    """A difference of losses in nats, with its sign."""
+    value = number(value)
+    return f"{value:+.4f}" if value is not None and math.isfinite(value) else brief(value)
 
 
 def plain_number(value: Any) -> str:

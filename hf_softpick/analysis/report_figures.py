@@ -13,9 +13,9 @@ COLOURS = 6
 # Of the line of each run: colour is never the only difference.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 56, 20, 12, 44
 # The least opacity of a value above 0: an exact 0 is told from a small weight.
-FAINTEST = 0.07
+FAINTEST = 0.12
 
 
 class Series(NamedTuple):
@@ -281,8 +281,9 @@ def _tick(value: float) -> str:
 
 
 def _svg(title: str, width: float, height: float, parts: list[str], kind: str) -> str:
-    # The natural width is the largest: a map of few cells is not blown up.
+    # The natural width is the largest, so that few cells are not blown up; labels are still read at 0.8 of it.
+    least = f' style="min-width:{0.8 * width:.0f}px"' if kind == "map" else ""
     return (
         f'<svg class="{kind}" role="img" aria-label="{clean(title)}" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}">{"".join(parts)}</svg>'
+        f'width="{width}" height="{height}"{least}>{"".join(parts)}</svg>'
     )

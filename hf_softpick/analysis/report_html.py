@@ -82,7 +82,9 @@ def _drawing(heading: str, svg: str) -> str:
 
 def _table(table: Table, kind: str = "") -> str:
     head = "".join(f'<th scope="col">{clean(name)}</th>' for name in table.header)
-    rows = "".join(f"<tr>{''.join(_cell(i, value) for i, value in enumerate(row))}</tr>\n" for row in table.rows)
+    # On a phone the claims are stacked, each value under its column's name.
+    labels = [f' data-label="{clean(name)}"' if kind else "" for name in table.header]
+    rows = "".join(f"<tr>{''.join(map(_cell, range(len(row)), row, labels))}</tr>\n" for row in table.rows)
     name = f' class="{kind}"' if kind else ""
     whole = (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{clean(table.caption)}"><table{name}>'
@@ -91,13 +93,13 @@ def _table(table: Table, kind: str = "") -> str:
     return f"<details><summary>{clean(table.caption)}</summary>{whole}</details>" if table.folded else whole
 
 
-def _cell(index: int, value: str | Cell) -> str:
+def _cell(index: int, value: str | Cell, label: str) -> str:
     if isinstance(value, Cell):
         kind = " ".join(filter(None, (value.kind, "better" if value.better else "")))
         name = f' class="{kind}"' if kind else ""
-        return f"<td{name}>{clean(value.text)}</td>"
+        return f"<td{name}{label}>{clean(value.text)}</td>"
     if index == 0:
         indent = ' class="indent"' if value.startswith("  ") else ""
         return f'<th scope="row"{indent}>{clean(value.strip())}</th>'
     wide = ' class="wide"' if len(value) > 60 else ""
-    return f"<td{wide}>{clean(value)}</td>"
+    return f"<td{wide}{label}>{clean(value)}</td>"

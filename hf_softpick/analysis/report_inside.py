@@ -21,12 +21,13 @@ from hf_softpick.analysis.run_records import finite, lookup, number
 
 
 def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Sink rate, row mass and what else describes where a head looks."""
     yield from missing("statistics", runs)
     measured = [run for run in runs if run["statistics"]]
     if not measured:
         return
     yield from flags("statistics", runs)
-    yield statistics_table(runs)
+    yield statistics_table("Statistics of the attention", SINK_ROWS, runs)
     first = [
         (run["label"], _layer_map(run, "sink_rate", f"Sink rate of {run['label']} by layer and head"))
         for run in measured
@@ -47,34 +48,41 @@ def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     )
 
 
-STATISTICS_ROWS = (
+SINK_ROWS = (
     ("Sink rate, first token", "sink_rate", "lower", percent),
     ("Sink rate, first 4 tokens", "sink_rate_first4", "lower", percent),
     ("Sink rate, any position", "sink_rate_any", "lower", percent),
+    ("Mean weight of the first token", "first_mass", None, plain_number),
     ("Row mass", "row_mass", None, plain_number),
     ("Rows without any weight", "empty_rows", None, percent),
+    ("Entropy, nats", "entropy", None, plain_number),
+    ("Distance attended, tokens", "distance", None, plain_number),
+    ("Dormant heads", "dormant_heads", "lower", plain_number),
+)
+HIDDEN_ROWS = (
+    ("Kurtosis, mean over layers", "kurtosis", "lower", plain_number),
+    ("Kurtosis, largest layer", "kurtosis_max", "lower", plain_number),
+    ("Largest absolute value", None, "lower", plain_number),
+    ("Massive activations", "massive_activations", "lower", plain_number),
+)
+SPARSITY_ROWS = (
     ("Weights exactly 0", "sparsity", None, percent),
     ("Weights up to 1e-5", "sparsity_small", None, percent),
     ("Empty tiles of 64 x 64", "empty_tiles_64", None, percent),
     ("Empty tiles of 128 x 128", "empty_tiles_128", None, percent),
-    ("Entropy, nats", "entropy", None, plain_number),
-    ("Distance attended, tokens", "distance", None, plain_number),
-    ("Dormant heads", "dormant_heads", "lower", plain_number),
-    ("Kurtosis, mean over layers", "kurtosis", "lower", plain_number),
-    ("Kurtosis, largest layer", "kurtosis_max", "lower", plain_number),
-    ("Hidden states, largest absolute value", None, "lower", plain_number),
-    ("Massive activations", "massive_activations", "lower", plain_number),
 )
 
 
-def statistics_table(runs: list[dict[str, Any]]) -> Table:
-    """The summary of statistics.json of every run."""
+def statistics_table(caption: str, rows: Sequence[tuple], runs: list[dict[str, Any]]) -> Table:
+    """Part of the summary of statistics.json of every run, with its sample size."""
     rank = rankable("statistics", runs)
-    rows = []
-    for name, key, better, show in STATISTICS_ROWS:
+    table = []
+    for name, key, better, show in rows:
         values = [(largest(r) if key is None else lookup(r["statistics"], f"summary.{key}")) for r in runs]
-        rows.append(ranked(name, values, better if rank else None, show))
-    return Table("Statistics of attention and activations", ["", *(run["label"] for run in runs)], rows)
+        table.append(ranked(name, values, better if rank else None, show))
+    sample = [lookup(run["statistics"], "data.tokens") for run in runs]
+    table.append(ranked("Tokens measured", sample, None, plain_number))
+    return Table(caption, ["", *(run["label"] for run in runs)], table)
 
 
 def _layer_map(run: dict[str, Any], name: str, title: str) -> str:
@@ -92,6 +100,7 @@ def _layer_map(run: dict[str, Any], name: str, title: str) -> str:
 
 
 def maps(comparison: dict[str, Any]) -> Iterator[Table | Figure | Text]:
+    """The maps of chosen heads on the short text."""
     rows = []
     for run in comparison["runs"]:
         maps = run.get("attention_maps")
@@ -164,18 +173,20 @@ def _layer_table(caption: str, names: Sequence[str], series: Sequence[Sequence[S
 
 
 def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Maximum and kurtosis of the hidden states by layer."""
     yield from missing("statistics", runs)
     if not any(run["statistics"] for run in runs):
         return
     yield from flags("statistics", runs)
+    yield statistics_table("Statistics of the hidden states after each block", HIDDEN_ROWS, runs)
     largest_lines = _by_layer(runs, _extreme)
     kurtosis = _by_layer(runs, lambda layer: layer["hidden"].get("kurtosis"))
     yield Figure(
-        "Hidden states after each block, by layer; both axes of values are logarithmic.",
+        "Hidden states after each block, by layer, on logarithmic axes.",
         [
             (
                 "Largest absolute value",
-                line_chart("Largest hidden value", largest_lines, "layer", "largest |h|", True),
+                line_chart("Largest hidden value", largest_lines, "layer", "largest |h|", True, dots=True),
             ),
             ("Kurtosis", line_chart("Kurtosis of hidden states", kurtosis, "layer", "kurtosis", True, dots=True)),
         ],
@@ -200,10 +211,12 @@ def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
 
 
 def sparsity(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Zeros and small weights by layer."""
     yield from missing("statistics", runs)
     if not any(run["statistics"] for run in runs):
         return
     yield from flags("statistics", runs)
+    yield statistics_table("Sparsity, mean over layers and heads", SPARSITY_ROWS, runs)
     exact, small = _by_layer(runs, _mean_heads("sparsity")), _by_layer(runs, _mean_heads("sparsity_small"))
     tiles = _by_layer(runs, _mean_heads("empty_tiles_64"))
     share = "share of weights"

@@ -11,6 +11,7 @@ from hf_softpick.analysis.report_blocks import (
     Table,
     Text,
     flags,
+    increase,
     loss,
     missing,
     percent,
@@ -24,6 +25,7 @@ from hf_softpick.analysis.run_records import finite, lookup, number
 
 
 def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Loss curves, last losses and throughput."""
     curves = [(i, run["label"], run["curves"]) for i, run in enumerate(runs) if run["curves"]]
     without = [run["label"] for run in runs if not run["curves"]]
     if without:
@@ -62,19 +64,22 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     equal = len(set(machines)) == 1 and machines[0]
     if not equal:
         yield Text("The runs were trained on different or unknown hardware, so no throughput is marked.", "flag")
+    faster = "higher" if equal and _apart(values) else None
     rows = [
-        ranked(
-            "Tokens per second, median",
-            [v.get("tokens_per_second") for v in values],
-            "higher" if equal else None,
-            _whole,
-        ),
+        ranked("Tokens per second, median", [v.get("tokens_per_second") for v in values], faster, _whole),
         ranked("  20th percentile", [v.get("tokens_per_second_20") for v in values], None, _whole),
         ranked("  80th percentile", [v.get("tokens_per_second_80") for v in values], None, _whole),
-        ranked("Peak memory, GiB", [v.get("memory_gib") for v in values], "lower" if equal else None, plain_number),
+        ranked("Peak memory, GiB", [v.get("memory_gib") for v in values], None, plain_number),
         ["Hardware", *(machine or "\u2013" for machine in machines)],
     ]
-    yield Table("Throughput over the log lines, the first left out", ["", *(run["label"] for run in runs)], rows)
+    caption = "Throughput over the log lines, the first left out; marked where the percentiles do not overlap"
+    yield Table(caption, ["", *(run["label"] for run in runs)], rows)
+
+
+def _apart(values: list[dict[str, Any]]) -> bool:
+    """Whether the fastest run's 20th percentile lies above every other's 80th."""
+    known = sorted((v for v in values if v.get("tokens_per_second")), key=lambda v: -v["tokens_per_second"])
+    return all(known[0]["tokens_per_second_20"] > v["tokens_per_second_80"] for v in known[1:])
 
 
 def _whole(value: Any) -> str:
@@ -92,6 +97,7 @@ def _machine(run: dict[str, Any]) -> str:
 
 
 def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Loss increase by format, from many bits to few."""
     yield from missing("quantization", runs)
     if not any(run["quantization"] for run in runs):
         return
@@ -118,7 +124,7 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     ]
     for name in order:
         rows.append(
-            ranked(f"{name}: loss increase", [f.get(name, {}).get("loss_increase") for f in measured], rank, loss)
+            ranked(f"{name}: loss increase", [f.get(name, {}).get("loss_increase") for f in measured], rank, increase)
         )
     for name in order:
         rows.append(ranked(f"{name}: loss", [f.get(name, {}).get("loss") for f in measured], rank, loss))
@@ -138,6 +144,7 @@ def _unmeasured_formats(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Tasks of lm-eval."""
     yield from missing("downstream", runs)
     if not any(run["downstream"] for run in runs):
         return
@@ -162,51 +169,63 @@ def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
 def _task_row(label: str, metric: str, results: list[dict[str, Any]], rank: bool) -> list[str | Cell]:
     items = [found.get("metrics", {}).get(metric, {}) for found in results]
     values, errors = [finite(i.get("value")) for i in items], [finite(i.get("stderr")) for i in items]
-    samples = {found["samples"] for found in results if "samples" in found}
-    equal = len(samples) == 1 and len({_version(found) for found in results if found}) == 1
-    sign = 1 if next((i["higher_is_better"] for i in items if "higher_is_better" in i), True) else -1
-    order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: -sign * values[i])
+    samples = dict.fromkeys(found.get("samples") for found in results if found.get("metrics"))
+    conditions = {str([found.get(k) for k in ("version", "num_fewshot", "samples")]) for found in results if found}
+    higher = next((i["higher_is_better"] for i in items if i.get("higher_is_better") is not None), None)
+    order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i], reverse=bool(higher))
     best = None
-    if rank and equal and len(order) > 1 and None not in (errors[order[0]], errors[order[1]]):
-        lead = abs(values[order[0]] - values[order[1]])
-        best = order[0] if lead > 2 * math.hypot(errors[order[0]], errors[order[1]]) else None
+    if rank and higher is not None and len(conditions) == 1 and len(order) > 1:
+        first, second = order[:2]
+        lead = abs(values[first] - values[second])
+        known = None not in (errors[first], errors[second])
+        best = first if known and lead > 2 * math.hypot(errors[first], errors[second]) else None
     texts = [
         brief(v) + (f" \u00b1 {brief(e)}" if v is not None and e is not None else "")
         for v, e in zip(values, errors, strict=True)
     ]
-    count = " / ".join(plain_number(n) for n in sorted(samples)) or "\u2013"
+    count = " / ".join(plain_number(n) for n in samples) or "\u2013"
     return [label, count, *(Cell(text, i == best) for i, text in enumerate(texts))]
 
 
-def _version(found: dict[str, Any]) -> str:
-    """The version of a task, as text: versions are numbers or names."""
-    return str(found.get("version"))
+GRIDS = (
+    ("accuracy", "Share of keys written out"),
+    ("choice_accuracy", "Share of keys preferred among distractors"),
+)
 
 
 def passkey(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
+    """Share of keys retrieved by length and depth."""
     yield from missing("passkey", runs)
     measured = [run for run in runs if run["passkey"]]
     if not measured:
         return
     yield from flags("passkey", runs)
-    drawings, rows = [], []
     for run in measured:
-        record = run["passkey"]
-        lengths = [f"{length:,}" for length in record["lengths"]]
-        depths = [f"{depth:.0%}" for depth in record["depths"]]
-        values = [[number(v) for v in row] for row in record["accuracy"]]
-        title = f"Passkey accuracy of {run['label']} by length and depth"
-        drawings.append(
-            (run["label"], heat_map(title, values, "tokens", "depth of the key", 1.0, lengths, depths, 34))
-        )
-        for length, row in zip(lengths, values, strict=True):
-            rows.append([run["label"], length, *(percent(v) for v in row)])
-        for refused in record.get("refused") or []:
+        for refused in run["passkey"].get("refused") or []:
             yield Text(f"{run['label']} refused: {refused if isinstance(refused, str) else words(refused)}.")
     samples = ", ".join(f"{run['label']} {run['passkey']['samples']}" for run in measured)
-    yield Figure(
-        f"Share of keys retrieved. Samples per cell: {samples}.", drawings, colour_bar("accuracy", percent=True)
-    )
+    for grid, title in GRIDS:
+        drawings = [(run["label"], _grid(run, grid, title)) for run in measured if run["passkey"].get(grid)]
+        chance = finite(measured[0]["passkey"].get("choice_chance")) if grid != "accuracy" else None
+        guess = f" Chance is {percent(chance)}." if chance else ""
+        if drawings:
+            caption = f"{title}. Prompts per cell: {samples}.{guess}"
+            yield Figure(caption, drawings, colour_bar("share of keys", percent=True))
     if len({str(run["passkey"]["depths"]) for run in measured}) == 1:
         header = ["Run", "Tokens", *(f"depth {depth:.0%}" for depth in measured[0]["passkey"]["depths"])]
-        yield Table("Passkey accuracy", header, rows, folded=True)
+        for grid, title in GRIDS:
+            rows = [
+                [run["label"], f"{length:,}", *map(percent, row)]
+                for run in measured
+                for length, row in zip(run["passkey"]["lengths"], run["passkey"].get(grid) or [], strict=False)
+            ]
+            if rows:
+                yield Table(title, header, rows, folded=True)
+
+
+def _grid(run: dict[str, Any], grid: str, title: str) -> str:
+    record = run["passkey"]
+    values = [[number(v) for v in row] for row in record[grid]]
+    lengths, depths = [f"{n:,}" for n in record["lengths"]], [f"{depth:.0%}" for depth in record["depths"]]
+    title = f"{title}, {run['label']}, by length and depth"
+    return heat_map(title, values, "tokens", "depth of the key", 1.0, lengths, depths, 34)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from hf_softpick.analysis.claims import REPRODUCED
+from hf_softpick.analysis.claims import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 from hf_softpick.analysis.report_blocks import (
     Cell,
     Section,
     Table,
     Text,
+    increase,
     loss,
     percent,
     plain_number,
@@ -21,15 +22,17 @@ from hf_softpick.analysis.run_records import COMMANDS, lookup
 
 
 def headline(comparison: dict[str, Any]) -> str:
-    """The verdict in two sentences."""
-    claims = comparison["claims"]
-    names = {
-        verdict: [row["claim"] for row in claims if row["verdict"] == verdict]
-        for verdict in dict.fromkeys([REPRODUCED, *(row["verdict"] for row in claims)])
-    }
-    first = f"{len(names[REPRODUCED])} of {len(claims)} claims of the paper are reproduced by these runs"
-    listed = [f"{verdict}: {', '.join(_lower_first(n) for n in found)}" for verdict, found in names.items() if found]
-    return f"{first}. {'; '.join(listed).capitalize() if listed else ''}."
+    """What was held against what, and the verdicts, in two or three sentences."""
+    claims, pair = comparison["claims"], comparison["pair"]
+    verdicts: dict[str, list[str]] = {REPRODUCED: [], NOT_REPRODUCED: [], NOT_MEASURED: []}
+    for row in claims:
+        verdicts[row["verdict"]].append(row["claim"][0].lower() + row["claim"][1:])
+    sides = "No softpick run with a softmax run beside it."
+    if pair["softpick"] and pair["softmax"]:
+        sides = f"{pair['softpick']} (softpick) against {pair['softmax']} (softmax):"
+    count = f"{len(verdicts[REPRODUCED])} of {len(claims)} claims of the paper are reproduced."
+    rest = [f"{verdict}: {'; '.join(found)}" for verdict, found in verdicts.items() if found and verdict != REPRODUCED]
+    return " ".join([sides, count, *(f"{text[0].upper()}{text[1:]}." for text in rest)])
 
 
 def sections(comparison: dict[str, Any]) -> list[Section]:
@@ -55,30 +58,30 @@ def claims_table(comparison: dict[str, Any]) -> Table:
     labels = [label for label in (pair["softmax"], pair["softpick"]) if label]
     rows = []
     for row in comparison["claims"]:
+        # A loss increase is named after its format alone.
+        signed = "quantization" in row["claim"]
         cells = [
-            ", ".join(f"{name} {_claim_figure(name, value)}" for name, value in row["figures"].get(label, {}).items())
+            ", ".join(
+                f"{name} {increase(value) if signed else _claim_figure(name, value)}"
+                for name, value in row["figures"].get(label, {}).items()
+            )
             for label in labels
         ]
-        sample = f" ({row['sample']})" if row["sample"] else ""
+        sample = f" Sample: {row['sample']}." if row["sample"] else ""
         verdict = Cell(row["verdict"], kind="verdict " + row["verdict"].replace(" ", "-"))
-        rows.append(
-            [row["claim"], verdict, *(c or "\u2013" for c in cells), row["detail"] + sample, row["rule"], row["paper"]]
-        )
+        rule = f"{row['rule']} Paper: {row['paper']}."
+        rows.append([row["claim"], verdict, *(c or "\u2013" for c in cells), row["detail"] + sample, rule])
     return Table(
         "Claims of the paper (arXiv 2504.20966) tried on these runs",
-        ["Claim", "Verdict", *labels, "Finding (sample)", "Rule of the verdict", "Paper"],
+        ["Claim", "Verdict", *labels, "Finding", "Rule of the verdict, figure of the paper"],
         rows,
     )
 
 
 def _claim_figure(name: str, value: Any) -> str:
-    if name in ("sink rate", "exactly 0", "up to 1e-5"):
+    if name in ("sink rate", "exact zeros", "up to 1e-5"):
         return percent(value)
-    return loss(value) if name.endswith("loss") or "int" in name or "bit" in name else plain_number(value)
-
-
-def _lower_first(text: str) -> str:
-    return text[0].lower() + text[1:]
+    return loss(value) if name.endswith("loss") else plain_number(value)
 
 
 def _recipes(comparison: dict[str, Any]) -> Iterator[Table | Text]:

@@ -28,25 +28,24 @@ caption { text-align: left; color: var(--soft); padding-bottom: 4px; font-size: 
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line);
   overflow-wrap: normal; max-width: 22rem; }
 thead th { border-bottom: 2px solid var(--line); white-space: nowrap; }
-tbody th { font-weight: 400; color: var(--soft); }
+tbody th { font-weight: 400; color: var(--soft); min-width: 7.5rem; }
 tbody th.indent { padding-left: 1em; }
 td.better { font-weight: 700; }
 td.better::after { content: " \\25C2"; color: var(--good); }
 .claims { font-size: .9rem; }
-.claims tbody th { font-weight: 600; color: var(--text); min-width: 9rem; }
-.claims td:nth-child(n+3) { min-width: 9rem; }
-.claims td.wide { min-width: 16rem; }
+.claims tbody th { font-weight: 600; color: var(--text); min-width: 8rem; }
+.claims td.wide { min-width: 13rem; } .claims thead th { white-space: normal; }
 .verdict { font-weight: 700; white-space: nowrap; }
 .reproduced { color: var(--good); } .not-reproduced { color: var(--bad); } .not-measured { color: var(--soft); }
-.reproduced::before { content: "\\2713 "; } .not-reproduced::before { content: "\\2717 "; }
-.not-measured::before { content: "\\2013 "; }
+.reproduced::before { content: "\\2713\\00a0"; } .not-reproduced::before { content: "\\2717\\00a0"; }
+.not-measured::before { content: "\\2013\\00a0"; }
 figure { margin: 16px 0; }
 figcaption { color: var(--soft); font-size: .85rem; margin-bottom: 8px; }
 .drawings { display: flex; flex-wrap: wrap; gap: 20px 28px; align-items: flex-start; }
 .drawings > div { max-width: 100%; min-width: 0; }
 .drawings .wide { flex: 1 1 400px; max-width: 500px; }
 svg { display: block; color: var(--text); font-family: inherit; }
-svg.chart { width: 100%; height: auto; }
+svg.chart { width: 100%; height: auto; } svg.map { max-width: 100%; height: auto; }
 svg.mark { display: inline-block; vertical-align: middle; margin-right: 6px; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; list-style: none; margin: 0 0 6px; padding: 0;
   font-size: .85rem; }
@@ -65,6 +64,12 @@ details > summary { cursor: pointer; color: var(--c0); padding: 4px 0; font-size
 footer { color: var(--soft); font-size: .85rem; padding-top: 24px; padding-bottom: 32px; }
 @media (max-width: 480px) { body { font-size: 15px; } h1 { font-size: 1.35rem; }
   main, header, footer { padding: 0 12px; } }
+@media (max-width: 720px) {
+  .claims, .claims tbody, .claims tr, .claims th, .claims td, .claims caption { display: block; max-width: none; }
+  .claims thead { display: none; } .claims tr { padding: 8px 0; border-bottom: 2px solid var(--line); }
+  .claims tbody th, .claims td { border: 0; padding: 2px 0; min-width: 0; }
+  .claims td:not(.verdict)::before { content: attr(data-label) ": "; color: var(--soft); }
+}
 @media print { .scroll { overflow: visible; } nav { display: none; } }
 """.replace(
     "RUNS",

@@ -205,10 +205,8 @@ def _last_launch(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:
-    """The "model" part of any result, else what config.json or the recipe says."""
-    for kind in KINDS:
-        if run[kind] and isinstance(run[kind].get("model"), dict):
-            return run[kind]["model"]
+    """What config.json or the recipe says, and the "model" part of a result, which knows more, where there is one."""
+    described = next((run[kind]["model"] for kind in KINDS if isinstance(lookup(run[kind], "model"), dict)), {})
     config = (read_json(Path(path) / "config.json") if path else None) or {}
     recipe = {key.removeprefix("model."): v for key, v in (run["recipe"] or {}).items() if key.startswith("model.")}
     config = {**recipe, **config}
@@ -227,4 +225,4 @@ def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:
         "vocab_size": config.get("vocab_size"),
         "parameters": lookup(run, "finished.results.parameters"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in {**found, **described}.items() if value is not None}

@@ -78,7 +78,15 @@ def statistics(name: str, normalizer: str, sink: float, kurtosis: float, largest
         layers.append({"layer": layer, "heads": heads, "hidden": hidden, "attention": None, "mlp": None})
     summary = {"sink_rate": sink, "sink_rate_first4": sink, "sink_rate_any": sink, "sparsity": sparsity}
     summary |= {"kurtosis": kurtosis, "kurtosis_max": kurtosis, "hidden_max": largest, "hidden_min": -largest / 2}
-    summary |= {"massive_activations": 0, "entropy": 2.1, "distance": 30.5, "dormant_heads": 0, "row_mass": 0.8}
+    summary |= {"sparsity_small": sparsity, "empty_tiles_64": 0.0, "empty_tiles_128": 0.0, "first_mass": sink / 2}
+    summary |= {
+        "empty_rows": 0.0,
+        "massive_activations": 0,
+        "entropy": 2.1,
+        "distance": 30.5,
+        "dormant_heads": 0,
+        "row_mass": 0.8,
+    }
     return {
         "schema": 1,
         "kind": "statistics",
@@ -97,7 +105,13 @@ def statistics(name: str, normalizer: str, sink: float, kurtosis: float, largest
 def quantization(name: str, normalizer: str, increases: dict[str, Any]) -> dict[str, Any]:
     """A quantization.json with the loss increase of some formats; one more is missing."""
     formats = [
-        {"format": f, "bits": int(f[-1]), "status": "measured", "loss_increase": x, "loss": x if x == "nan" else 3 + x}
+        {
+            "format": f,
+            "bits": int(f[-1]),
+            "status": "measured",
+            "loss_increase": x,
+            "loss": x if isinstance(x, str) else 3 + x,
+        }
         for f, x in increases.items()
     ]
     formats.append({"format": "gptq-int4", "status": "missing", "reason": "gptqmodel is not installed"})
@@ -120,7 +134,16 @@ def downstream(name: str, normalizer: str, accuracy: float) -> dict[str, Any]:
 def passkey(name: str, normalizer: str, last: float) -> dict[str, Any]:
     """A passkey.json of two lengths and three depths."""
     accuracy = [[1.0, 0.8, 1.0], [0.6, 0.2, last]]
-    grid = {"lengths": [128, 1256], "depths": [0.0, 0.5, 1.0], "samples": 5, "accuracy": accuracy, "refused": []}
+    grid = {
+        "choice_accuracy": accuracy,
+        "choice_chance": 0.1,
+        "seed": 0,
+        "lengths": [128, 1256],
+        "depths": [0.0, 0.5, 1.0],
+        "samples": 5,
+        "accuracy": accuracy,
+        "refused": [],
+    }
     return {"kind": "passkey", "model": model(name, normalizer), **grid}
 
 
