@@ -48,12 +48,19 @@ def find_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise RecipeError(f"lm-eval cannot be imported ({error}). Run: pip install 'hf_softpick[eval]'") from None
+    asked = [part for part in (part.strip() for part in names.split(",")) if part]
+    if not asked:
+        raise RecipeError(f"no task in {names!r}. Give names separated by commas, or paper.")
     for folder in include_path:
         if not Path(folder).is_dir():
             raise RecipeError(f"{folder}: no such folder of tasks.")
-    manager = TaskManager(include_path=[str(folder) for folder in include_path], metadata=metadata)
+    options = {"include_path": [str(folder) for folder in include_path], "metadata": metadata}
+    # To read the thousands of tasks of lm-eval takes seconds; those of one's own win over them in any case.
+    manager = TaskManager(include_defaults=False, **options)
+    if not set(asked) <= set(manager.all_subtasks):
+        manager = TaskManager(**options)
     found: list[str] = []
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for name in asked:
         if name == "paper":
             found += PAPER
         elif name in manager.all_tags:
@@ -64,8 +71,6 @@ def find_tasks(
             close = difflib.get_close_matches(name, ["paper", *manager.all_tasks], n=3)
             hint = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` shows all."
             raise RecipeError(f"unknown task {name!r}. {hint}")
-    if not found:
-        raise RecipeError(f"no task in {names!r}. Give names separated by commas, or paper.")
     return list(dict.fromkeys(found)), manager
 
 

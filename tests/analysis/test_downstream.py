@@ -1,0 +1,282 @@
+"""eval/downstream.py against the lm_eval command, exactly; BOS, failures, tables, and figures of our own."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from copying_model import byte_tokenizer
+from tiny_softpick import tiny_model
+from training_runs import REPOSITORY, environment, train, write_recipe
+
+from hf_softpick.analysis import downstream
+from hf_softpick.analysis.downstream import evaluate_tasks, find_batch_size, find_tasks, format_table, harness
+from hf_softpick.analysis.loading import LoadedModel, load_model
+from hf_softpick.errors import CheckpointError, RecipeError
+
+TASKS = REPOSITORY / "eval" / "tasks"
+OFFLINE = ["offline_cloze", "offline_code", "offline_heldout", "offline_passkey", "offline_prose"]
+TEXTS = ["def x return y", "import z", "class range value in self : print"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of five steps whose documents begin with BOS."""
+    folder = tmp_path_factory.mktemp("run")
+    done = train(write_recipe(folder, training={"save_steps": 5}))
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def loaded(run) -> LoadedModel:
+    return load_model(run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def text_tasks(tmp_path_factory) -> tuple[list[str], object]:
+    """offline_heldout on three short documents."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return find_tasks("offline_heldout", [TASKS], {"text": str(path)})
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, arguments)), env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def script(*arguments: object) -> subprocess.CompletedProcess:
+    return command(sys.executable, REPOSITORY / "eval" / "downstream.py", *arguments)
+
+
+@pytest.mark.slow
+def test_same_figures_as_the_lm_eval_command(run, tmp_path):
+    """All offline tasks, and one whose data set is on the Hub: it fails, the others are kept."""
+    done = script(run, "--tasks", "sciq,offline", "--batch-size", 16, "--limit", 6)
+    assert done.returncode == 3, done.stderr
+    last = done.stderr.strip().splitlines()[-2:]
+    assert (
+        last[0].startswith("tiny: sciq: ConnectionError") and last[1] == "1 of 6 tasks failed; the others are saved."
+    )
+    assert "Traceback" not in done.stderr
+    ours = json.loads((run / "report" / "downstream.json").read_text())
+    assert list(ours["tasks"]) == ["sciq", *OFFLINE] and list(ours["tasks"]["sciq"]) == ["error"]
+
+    lm_eval = Path(sys.executable).with_name("lm_eval")
+    options = ["--include_path", TASKS, "--tasks", "offline", "--batch_size", 16, "--limit", 6]
+    theirs = command(
+        *(lm_eval, "--model", "hf", "--model_args", f"pretrained={run / 'final'},trust_remote_code=True"),
+        *(*options, "--output_path", tmp_path / "out"),
+    )
+    assert theirs.returncode == 0, theirs.stderr[-3000:]
+    expected = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    assert sorted(expected["results"]) == OFFLINE
+    compared = 0
+    for task, values in expected["results"].items():
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma:
+                continue
+            label = metric.replace("_stderr", "") + ("" if filter_name == "none" else f" ({filter_name})")
+            entry = ours["tasks"][task]["metrics"][label]
+            assert entry["stderr" if "_stderr" in metric else "value"] == (None if value == "N/A" else value), key
+            compared += 1
+    assert compared == 2 * (2 + 2 + 3 + 1 + 3)
+
+    # lm-eval's own format, and the rest of the file.
+    raw = json.loads((run / "report" / ours["lm_eval"]).read_text())
+    for part in ("results", "versions", "n-shot", "higher_is_better", "n-samples"):
+        assert raw[part] == expected[part], part
+    assert ours["schema"] == 1 and ours["kind"] == "downstream" and ours["limit"] == 6 and ours["batch_size"] == 16
+    assert ours["bos"]["add_bos_token"] is True and ours["bos"]["source"].endswith("final")
+    assert ours["model"]["normalizer"] == "softpick" and ours["versions"]["lm_eval"]
+    table = (run / "report" / "downstream.md").read_text()
+    assert table.strip() in done.stdout and "only the first 6 documents" in table
+    line = next(line for line in table.splitlines() if "offline_code" in line and "acc_norm" in line)
+    value = ours["tasks"]["offline_code"]["metrics"]["acc_norm"]
+    assert f"{value['value']:.4f} +- {value['stderr']:.4f}" in line
+
+
+def test_an_unknown_task_is_an_error_before_anything_is_loaded(tmp_path):
+    done = script(tmp_path / "no-model", "--tasks", "offline_prose,offline_clozze")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "unknown task 'offline_clozze'. Did you mean offline_cloze" in done.stderr
+
+
+def test_names_of_tasks():
+    found, manager = find_tasks("offline, paper,offline_cloze", [TASKS])
+    assert found == [*OFFLINE, *downstream.PAPER] and set(found) <= set(manager.all_subtasks)
+    assert downstream.PAPER == ("arc_easy", "lambada_openai", "piqa", "sciq", "wikitext")
+    with pytest.raises(RecipeError, match="no task in ','"):
+        find_tasks(",")
+    with pytest.raises(RecipeError, match="no such folder"):
+        find_tasks("piqa", ["nowhere"])
+
+
+def test_perplexity_of_a_token(loaded, text_tasks):
+    """From one forward a document: lm-eval reads BOS BOS text and counts the second BOS; here it is not counted."""
+    result, _ = evaluate_tasks(loaded, *text_tasks)
+    task = result["tasks"]["offline_heldout"]
+    assert result["bos"]["rolling_doubles_bos"] and result["batch_size_from"] == "found"
+    nlls, tokens, seconds = [], [], []
+    bos = loaded.tokenizer.bos_token_id
+    for text in TEXTS:
+        ids = loaded.tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) < 60, "one window"
+        with torch.no_grad():
+            log_p = loaded.model(torch.tensor([[bos, bos, *ids]])).logits.double().log_softmax(-1)[0]
+        seconds.append(-log_p[0, bos].item())
+        nlls.append(-log_p[1:-1].gather(1, torch.tensor(ids)[:, None]).sum().item())
+        tokens.append(len(ids))
+    expected = math.exp(sum(nlls) / sum(tokens))
+    size = sum(len(text.encode()) for text in TEXTS)
+    text, metrics = task["text"], task["metrics"]
+    assert (text["documents"], text["tokens"], text["bytes"]) == (3, sum(tokens), size)
+    assert text["bos_after_bos"] == pytest.approx(-seconds[0], abs=1e-5) and seconds[0] > 0.5
+    assert metrics["token_perplexity"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert text["bits_per_byte"] == pytest.approx(sum(nlls) / size / math.log(2), rel=1e-5)
+    with_second = (sum(nlls) + sum(seconds)) / size
+    assert metrics["byte_perplexity"]["value"] == pytest.approx(math.exp(with_second), rel=1e-5)
+    # The delta method, by numbers: leave-one-out estimates have about the same spread.
+    left = [(sum(nlls) - n) / (sum(tokens) - t) for n, t in zip(nlls, tokens, strict=True)]
+    jackknife = expected * math.sqrt(2 / 3 * sum((one - sum(left) / 3) ** 2 for one in left))
+    assert metrics["token_perplexity"]["stderr"] == pytest.approx(jackknife, rel=0.5)
+
+
+def test_another_bos_gives_other_figures(run, loaded, text_tasks, tmp_path):
+    """The tokenizer decides, and a value that contradicts it is refused."""
+    from tokenizers.processors import ByteLevel
+
+    without = load_model(run, device="cpu")
+    without.tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    with pytest.raises(CheckpointError, match="tokens other than BOS|turns 'a' into"):
+        harness(without)
+    results = [evaluate_tasks(one, *text_tasks)[0] for one in (loaded, without._replace(add_bos=False))]
+    first, second = (one["tasks"]["offline_heldout"]["text"] for one in results)
+    assert first["tokens"] == second["tokens"] and second["bos_after_bos"] is None
+    assert [one["bos"]["add_bos_token"] for one in results] == [True, False]
+    assert not results[1]["bos"]["rolling_doubles_bos"]
+    assert abs(first["token_perplexity"] / second["token_perplexity"] - 1) > 1e-4
+    cloze = find_tasks("offline_cloze", [TASKS])
+    scores = []
+    for one in (loaded, without._replace(add_bos=False)):
+        lm = harness(one, 4)
+        raw = downstream._evaluate_one(lm, *cloze[0], cloze[1], 4, None)
+        scores.append(
+            [float(answer[0]) for sample in raw["samples"]["offline_cloze"] for answer in sample["resps"][0]]
+        )
+    assert max(abs(a - b) for a, b in zip(*scores, strict=True)) > 1e-3
+
+
+def small(tokenizer) -> LoadedModel:
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
+    return LoadedModel(model, tokenizer, "small", "small", None, tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
+
+
+def test_tokenizers_are_not_changed(text_tasks):
+    """No padding token: lm-eval gets a copy with one of its vocabulary."""
+    one = small(byte_tokenizer())
+    assert one.tokenizer.pad_token_id is None and one.add_bos
+    size = len(one.tokenizer)
+    lm = harness(one, 2)
+    assert len(lm.tokenizer) == size and lm.tokenizer.pad_token == "</s>"
+    assert one.tokenizer.pad_token_id is None and len(one.tokenizer) == size
+    eos_alone = byte_tokenizer(bos=False)
+    eos_alone.bos_token = None
+    result, _ = evaluate_tasks(small(eos_alone), *text_tasks, batch_size=2)
+    assert result["bos"]["prefix_token"] == "</s>" and not downstream.failed(result)
+
+
+def test_tokenizers_that_cannot_be_used_are_refused():
+    nothing = byte_tokenizer(bos=False)
+    nothing.bos_token = nothing.eos_token = None
+    with pytest.raises(CheckpointError, match="neither BOS nor EOS"):
+        harness(small(nothing))
+    from tokenizers.processors import TemplateProcessing
+
+    ends = byte_tokenizer(bos=False)
+    ends.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    with pytest.raises(CheckpointError, match=r"\['a', '</s>'\].*tokens other than BOS"):
+        harness(small(ends))
+
+
+def test_batch_size_is_found(loaded):
+    class Huge:
+        device = torch.device("cpu")
+
+        class config:
+            @staticmethod
+            def get_text_config():
+                return type("Config", (), {"vocab_size": 10**9})
+
+    sizes = [find_batch_size(loaded.model, length) for length in (64, 256, 1000, 4096, 10**6)]
+    assert sizes[0] == 64 and sizes == sorted(sizes, reverse=True) and sizes[-1] == 1
+    assert all(size & (size - 1) == 0 for size in sizes)
+    assert find_batch_size(Huge, 4096) == 1
+    assert harness(loaded).batch_size == sizes[0]
+
+
+def test_batch_size_changes_only_rounding(loaded, text_tasks):
+    one, many = (evaluate_tasks(loaded, *text_tasks, batch_size=size)[0] for size in (1, 3))
+    key = ("tasks", "offline_heldout", "metrics", "token_perplexity", "value")
+    for part in key:
+        one, many = one[part], many[part]
+    assert one == pytest.approx(many, rel=1e-5)
+
+
+def test_a_batch_that_does_not_fit_is_halved(loaded, text_tasks, monkeypatch):
+    import lm_eval
+
+    evaluate, tried = lm_eval.simple_evaluate, []
+
+    def short_of_memory(lm, **options):
+        tried.append(lm.batch_size)
+        if lm.batch_size > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return evaluate(lm, **options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", short_of_memory)
+    result, _ = evaluate_tasks(loaded, *text_tasks, batch_size=8)
+    assert tried == [8, 4, 2] and result["batch_size"] == 2 and not downstream.failed(result)
+
+
+def test_results_are_saved_after_every_task(loaded, tmp_path):
+    """Also after one that fails by itself: a choice that does not exist."""
+    (tmp_path / "broken.yaml").write_text(
+        (TASKS / "offline_cloze.yaml").read_text().replace("task: offline_cloze", "task: broken")
+        + 'doc_to_target: "{{1 / 0}}"\n'
+    )
+    for name in ("_choice.yaml", "offline.py", "cloze.jsonl"):
+        (tmp_path / name).write_text((TASKS / name).read_text())
+    tasks, manager = find_tasks("offline_cloze,broken,offline_code", [TASKS, tmp_path])
+    saved = []
+
+    def save(result, raw):
+        saved.append((list(result["tasks"]), sorted(raw.get("results", {}))))
+
+    result, raw = evaluate_tasks(loaded, tasks, manager, limit=2, after_task=save)
+    assert [len(names) for names, _ in saved] == [1, 2, 3]
+    assert saved[-1][1] == ["offline_cloze", "offline_code"] and downstream.failed(result) == ["broken"]
+    assert "ZeroDivisionError" in result["tasks"]["broken"]["error"]
+    assert raw["configs"]["offline_code"]["task"] == "offline_code" and "samples" not in raw
+    json.dumps(raw)
+
+
+def test_the_table():
+    score = {"value": 0.5, "stderr": 0.0123, "higher_is_better": True}
+    perplexity = {"value": 12345.678, "stderr": None, "higher_is_better": False}
+    a = {"limit": None, "tasks": {"t": {"metrics": {"acc": score, "ppl": perplexity}}, "u": {"error": "x"}}}
+    b = {"limit": None, "tasks": {"t": {"error": "x"}, "u": {"error": "x"}}}
+    lines = format_table({"a": a, "long name": b}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells[0] == ["task", "metric", "better", "a", "long name"]
+    assert cells[2:] == [
+        ["t", "acc", "higher", "0.5000 +- 0.0123", "failed"],
+        ["t", "ppl", "lower", "12345.7", "failed"],
+        ["u", "", "", "failed", "failed"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert "only the first 7 documents" in format_table({"a": a | {"limit": 7}})
