@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_softpick.errors import RecipeError, UserError
+from hf_softpick.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from hf_softpick.analysis.loading import LoadedModel
@@ -132,6 +133,7 @@ def report_folder(options: argparse.Namespace, model: str) -> Path:
 
 def exit_code(command: Callable[[], int | None], debug: bool = False) -> int:
     """Run `command`; a user's mistake becomes one message and its exit code, Ctrl-C becomes 130."""
+    quiet_imports()
     try:
         return command() or 0
     except UserError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_softpick.errors import UserError
+from hf_softpick.quiet import quiet_imports
 
 NORMALIZERS = ("softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, convert, print what was done; returns the exit code."""
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    quiet_imports()
     try:
         from hf_softpick.conversion.converting import convert
 

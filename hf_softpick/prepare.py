@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_softpick.errors import UserError
+from hf_softpick.quiet import quiet_imports
 
 if TYPE_CHECKING:
     from hf_softpick.data.preparing import PreparedData
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    quiet_imports()
     try:
         from hf_softpick.training.recipe import load_recipe
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, UserError
+from hf_softpick.quiet import quiet_imports
 
 _EPILOG = """\
 exit codes:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Before torch is imported: threads that wait by spinning slow a run tenfold as soon as others use the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        quiet_imports()
         # Heavy imports wait until the recipe is known to be right.
         from hf_softpick.training.recipe import load_recipe
 

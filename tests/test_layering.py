@@ -21,6 +21,7 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "versions": set(),
+    "quiet": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -65,8 +65,13 @@ class Layout:
         """[N, T, G, E] -> [B, H, T, E]."""
         return x.unflatten(0, (self.batch, self.key_heads)).transpose(2, 3).flatten(1, 2)
 
-    def blocks(self) -> Iterator[Block]:
-        """Every block with at least one visible interval."""
+    def blocks(self, align: int = 1, elements: int = BLOCK_ELEMENTS) -> Iterator[Block]:
+        """Every block with at least one visible interval.
+
+        Args:
+            align: the first and last key of a block are rounded to multiples of it; S must be one.
+            elements: scores of one block at most.
+        """
         shared = self.start.shape[0] == 1 and self.keys is None and self.mask is None
         for row in [None] if shared else range(self.batch):
             first, count = (0, self.batch * self.key_heads) if row is None else (row * self.key_heads, self.key_heads)
@@ -76,10 +81,11 @@ class Layout:
             for row0, row1, low, high, full_low, full_high in _extents(start, end):
                 if low >= high:
                     continue
+                low, high = low // align * align, -(-high // align) * align
                 hidden = self._hidden(
                     start[row0:row1], end[row0:row1], keys, row, low, high, full_low, full_high, row0
                 )
-                size = max(1, BLOCK_ELEMENTS // ((row1 - row0) * self.groups * (high - low)))
+                size = max(1, elements // ((row1 - row0) * self.groups * (high - low)))
                 for n0 in range(first, first + count, size):
                     n1 = min(n0 + size, first + count)
                     part = hidden if self.mask is None else [_slice_heads(h, n0 - first, n1 - first) for h in hidden]

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 IMPLEMENTATIONS = ("auto", "eager", "tiled", *TRITON)
 # Arguments of other models' attention that change the scores or the keys, and that these functions do not compute.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "softcap": "softcap (tanh on the scores)",
     "s_aux": "s_aux (attention sinks)",
     "sinks": "sinks (attention sinks)",
@@ -147,12 +147,12 @@ def attention_forward(
             f"{name} cannot run with attn_implementation={normalizer!r}: it has no learnable scale per head. Use "
             f"{normalizer.removeprefix('scaled_')!r}, or SoftpickForCausalLM with normalizer={normalizer!r}."
         )
-    for argument, meaning in _UNSUPPORTED.items():
+    for argument, meaning in UNSUPPORTED.items():
         if kwargs.get(argument) is not None:
             raise ValueError(f"{name} uses {meaning}, which attn_implementation={normalizer!r} does not support.")
     if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
         raise ValueError(f"{name} is not causal; attn_implementation={normalizer!r} supports causal attention only.")
-    visible = _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens_q)
+    visible = visible_of_call(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens_q)
     return run_attention(
         query,
         key,
@@ -166,7 +166,15 @@ def attention_forward(
     )
 
 
-def _visible(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens) -> VisibleKeys | Tensor:
+def visible_of_call(
+    attention_mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    sliding_window: int | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+) -> VisibleKeys | Tensor:
+    """What `attention_forward` lets each query see; arguments as there."""
     length, key_length = query.shape[2], key.shape[2]
     if position_ids is not None and position_ids.ndim != 2:
         position_ids = None  # multimodal rotary positions say nothing of documents

@@ -69,15 +69,18 @@ def _view(buffer: Tensor, *shape: int) -> Tensor:
     return buffer[: math.prod(shape)].view(shape)
 
 
-def _shift(level: Tensor, kind: str) -> Tensor | None:
-    """What rows at this level are shifted by, None where none needs it; row by row, so no row depends on another."""
+def row_shift(level: Tensor, kind: str) -> Tensor | None:
+    """What rows [..., R, 1] whose largest score in log2 units is `level` are shifted by, None where none needs it.
+
+    Row by row, so no row depends on another.
+    """
     far = level > SHIFT_LIMIT if kind == "softpick" else (level.abs() > SHIFT_LIMIT) & level.isfinite()
     # A whole number, whose exp2 is exact in a SIMD and in a scalar loop alike, so that a score of 0 weighs exactly 0.
     return torch.where(far, level.ceil(), 0.0) if bool(far.any()) else None
 
 
-def _softpick_p(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
-    """2^(x - shift) - 2^-shift of x = 2^(score - shift), into `out`."""
+def softpick_numerators(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
+    """2^(score - shift) - 2^-shift from x = 2^(score - shift), into `out`; before the relu."""
     return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
 
 
@@ -104,12 +107,12 @@ def _forward(
     for block in layout.blocks():
         buffer = _buffer(buffer, block, layout, 1)
         x = _scores(layout, scaled, block, kind, buffer[0])
-        shift = _shift(x.amax(-1, keepdim=True), kind)
+        shift = row_shift(x.amax(-1, keepdim=True), kind)
         if shift is not None:
             x.sub_(shift)
         x.exp2_()
         if kind == "softpick":
-            p = _softpick_p(x, shift, x)
+            p = softpick_numerators(x, shift, x)
             total = p.sum(-1, keepdim=True)
             torch.relu_(p)
             # sum |p| without another pass: the positive part counted twice, less the whole
@@ -156,7 +159,7 @@ def _backward(
     level = layout.rows_first(lse[..., None])
     grad = layout.rows_first(grad.transpose(1, 2))
     delta = (grad * layout.rows_first(out.transpose(1, 2))).sum(-1, keepdim=True)
-    shift_all = _shift(level, kind)
+    shift_all = row_shift(level, kind)
     # Dividing the rows of grad by the denominator spares dividing the T x S weights.
     factor = torch.exp2(-level if shift_all is None else shift_all - level)
     grad, delta = grad * factor, delta * factor
@@ -174,7 +177,7 @@ def _backward(
         values = layout.value[block.n0 : block.n1, block.key0 : block.key1]
         dx = torch.bmm(block_grad, values.transpose(1, 2), out=_view(buffer[1], *x.shape))
         if kind == "softpick":
-            p = torch.relu_(_softpick_p(x, shift, _view(buffer[2], *x.shape)))
+            p = torch.relu_(softpick_numerators(x, shift, _view(buffer[2], *x.shape)))
             block_dv.baddbmm_(p.transpose(1, 2), block_grad)
             # dp - delta where the score is positive, delta elsewhere: mask dp - 2 delta, then add delta everywhere
             torch.ops.aten.threshold_backward.grad_input(dx.sub_(2 * block_delta), p, 0.0, grad_input=dx)

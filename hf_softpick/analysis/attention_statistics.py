@@ -1,0 +1,235 @@
+"""Statistics of one layer's attention, accumulated over batches: sinks, sparsity, row mass, entropy, distance.
+
+A sequence is one document of a row; averages over sequences are weighted by their tokens. Legend: B rows, T tokens,
+H heads, n sequences.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_softpick.analysis.attention_rows import AttentionRows
+
+SINK_EPSILONS = (0.1, 0.2, 0.3, 0.5)
+SINK_EPSILON = 0.3
+MIN_SINK_TOKENS = 32
+DORMANT_MASS = 0.01
+FIRST = 4
+
+
+class Documents(NamedTuple):
+    """The sequences of a batch of rows.
+
+    index: int64 [B, T], which sequence a token belongs to, counted over the batch; padding has `count`.
+    position: int64 [B, T], place in its sequence. length: int64 [n]. first: int64 [n], b * T + t of its first token.
+    """
+
+    index: Tensor
+    position: Tensor
+    length: Tensor
+    first: Tensor
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.length.shape[0]
+
+    @property
+    def real(self) -> Tensor | None:
+        """bool [B, T], False = padding; None when nothing is."""
+        real = self.index < self.count
+        return None if bool(real.all()) else real
+
+
+def documents_of(rows: int, length: int, position_ids: Tensor | None, real: Tensor | None, device: Any) -> Documents:
+    """Sequences from positions that restart, or one a row.
+
+    Args:
+        position_ids: int [B, T]; a sequence begins wherever they do not go up by one.
+        real: bool [B, T], False = padding; not together with several documents in a row.
+
+    Raises:
+        ValueError: both packed documents and padding.
+    """
+    begins = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    begins[:, 0] = True
+    if position_ids is not None:
+        restarts = position_ids[:, 1:] - position_ids[:, :-1] != 1
+        if real is not None:
+            restarts = restarts & real[:, 1:] & real[:, :-1]
+            if bool(restarts.any()):
+                raise ValueError(
+                    "rows with padding hold several documents. Leave attention_mask out, or give one document a row."
+                )
+        begins[:, 1:] = restarts
+    if real is not None:
+        begins[:, 0] = False
+        begins |= real & (real.cumsum(-1) == 1)
+    number = begins.flatten().cumsum(0).view(rows, length) - 1
+    count = int(number[-1, -1]) + 1 if length and rows else 0
+    first = begins.flatten().nonzero()[:, 0]
+    if real is not None:
+        number = torch.where(real, number, count)
+    sizes = torch.bincount(number.flatten(), minlength=count + 1)
+    rank = torch.arange(length, device=device).expand(rows, -1) if real is None else real.cumsum(-1) - 1
+    offset = rank.flatten()[first]
+    position = rank - torch.cat([offset, offset.new_zeros(1)])[number]
+    return Documents(number, position, sizes[:count], first)
+
+
+class AttentionStatistics:
+    """One layer over any number of batches; definitions at `result`.
+
+    Args:
+        min_sink_tokens: shorter sequences do not count for sinks: a token that sees three others gives each much.
+    """
+
+    def __init__(self, min_sink_tokens: int = MIN_SINK_TOKENS) -> None:
+        self.min_sink_tokens = min_sink_tokens
+        self.sums: Tensor | None = None
+        self.tiles: Tensor | None = None
+        self.sequences: list[Tensor] = []
+        self.lengths: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, rows: AttentionRows, documents: Documents) -> None:
+        """Add one batch."""
+        batch, heads, length = rows.mass.shape
+        index, real = documents.index, documents.real
+        weight = torch.ones_like(index, dtype=torch.float64) if real is None else real.double()
+        seen_rows = weight[:, None]
+        visible = rows.visible.double().expand(batch, heads, length) * seen_rows
+        mass = rows.mass.double() * seen_rows
+        position = documents.position.double()[:, None]
+        # sum_ij w_ij (i - j), from the mass that each query gives and each key receives.
+        distance = mass * position - rows.received.double() * position
+        parts = [
+            mass,
+            (mass == 0) * seen_rows,
+            rows.entropy.double() * seen_rows,
+            (mass != 0) * seen_rows,
+            visible - rows.positive.double() * seen_rows,
+            visible - rows.above.double() * seen_rows,
+            visible,
+            distance,
+            seen_rows.expand_as(mass),
+        ]
+        sums = torch.stack([part.sum((0, 2)) for part in parts]).cpu()
+        tiles = torch.stack([rows.tiles, rows.empty_tiles]).cpu()
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tiles = tiles if self.tiles is None else self.tiles + tiles
+        self.sequences.append(self._by_sequence(rows, documents, mass).cpu())
+        self.lengths.append(documents.length.cpu())
+
+    def _by_sequence(self, rows: AttentionRows, documents: Documents, mass: Tensor) -> Tensor:
+        """[n, 5, H]: mean attention to the first token; to the first four; the most that any position of the first
+        half receives; that position; mean row mass."""
+        batch, heads, length = mass.shape
+        seen = rows.seen.double().expand(batch, heads, length)
+        received = rows.received.double()
+        # A window hides the beginning from later queries: the mean is over those that see it.
+        mean = (received / seen.clamp_min(1)).transpose(0, 1).flatten(1)  # [H, B * T]
+        received, seen = received.transpose(0, 1).flatten(1), seen.transpose(0, 1).flatten(1)
+        first, sizes = documents.first, documents.length
+        near = documents.position.flatten() < FIRST
+        inside = documents.index.flatten()
+        own = inside < documents.count
+        four = received.new_zeros(heads, documents.count + 1)
+        four.index_add_(1, inside, torch.where(near & own, received, 0.0))
+        reach = received.new_zeros(heads, documents.count + 1)
+        last = (
+            near
+            & own
+            & (
+                documents.position.flatten()
+                == (torch.cat([sizes, sizes.new_zeros(1)])[inside] - 1).clamp(0, FIRST - 1)
+            )
+        )
+        reach.index_add_(1, inside, torch.where(last, seen + documents.position.flatten(), 0.0))
+        half = own & (documents.position.flatten() < (torch.cat([sizes, sizes.new_zeros(1)])[inside] + 1) // 2)
+        top = received.new_full((heads, documents.count + 1), -math.inf)
+        candidates = torch.where(half, mean, -math.inf)
+        top.scatter_reduce_(1, inside.expand(heads, -1), candidates, "amax")
+        is_top = half & ((candidates == top[:, inside]) | candidates.isnan())
+        where = torch.where(is_top, documents.position.flatten(), length)
+        place = where.new_full((heads, documents.count + 1), length)
+        place.scatter_reduce_(1, inside.expand(heads, -1), where, "amin")
+        whole = received.new_zeros(heads, documents.count + 1)
+        whole.index_add_(1, inside, mass.transpose(0, 1).flatten(1))
+        n = documents.count
+        return torch.stack(
+            [
+                mean[:, first],
+                four[:, :n] / reach[:, :n].clamp_min(1),
+                top[:, :n],
+                place[:, :n].double(),
+                whole[:, :n] / sizes,
+            ]
+        ).permute(2, 0, 1)
+
+    def merge(self, other: "AttentionStatistics") -> None:
+        """Add what another rank has seen."""
+        if other.sums is None:
+            return
+        self.sums = other.sums if self.sums is None else self.sums + other.sums
+        self.tiles = other.tiles if self.tiles is None else self.tiles + other.tiles
+        self.sequences += other.sequences
+        self.lengths += other.lengths
+
+    def sink_counts(self, epsilons: Sequence[float] = SINK_EPSILONS) -> tuple[Tensor, int]:
+        """How many (sequence, head) exceed epsilon at the first token, the first four, the most attended position:
+        [3, epsilons]; and of how many."""
+        sequences, lengths = torch.cat(self.sequences), torch.cat(self.lengths)
+        counted = sequences[lengths >= self.min_sink_tokens][:, :3]
+        limits = torch.tensor(epsilons, dtype=torch.float64)
+        exceeds = (counted[..., None] > limits).sum((0, 2)) if len(counted) else torch.zeros(3, len(limits))
+        if bool(counted.isnan().any()):
+            exceeds = exceeds * math.nan
+        return exceeds, len(counted) * counted.shape[2]
+
+    def result(self) -> dict[str, list[Any]]:
+        """By head, lists of H:
+
+        - sink_rate: share of the sequences whose mean attention to their first token, alpha_1 = sum_i w_i1 / T,
+          exceeds 0.3 (Gu et al., arXiv 2410.10781; the softpick paper follows them). first_mass, first4_mass: that
+          mean itself, and to the first four tokens (the sinks of StreamingLLM, arXiv 2309.17453).
+        - top_mass, top_position: mean of the most that any position k of a sequence's first half receives,
+          alpha_k = sum_i w_ik / (T - k + 1), and the position where that is most often.
+        - row_mass: mean of sum_j w_ij. empty_rows: share of the rows where it is 0.
+        - sparsity, sparsity_small: share of visible weights that are exactly 0, and at most 1e-5.
+        - empty_tiles_64, empty_tiles_128: share of the tiles with a visible score in which none is positive.
+        - entropy: mean of -sum p ln p, p = w_i / mass_i, in nats over the rows with mass.
+        - distance: sum_ij w_ij (i - j) / sum_ij w_ij, in tokens.
+        - dormant: mean row mass below 0.01 on every sequence.
+        """
+        if self.sums is None:
+            raise ValueError("no batch has been added, so there are no statistics")
+        mass, empty, entropy, full, zero, small, visible, distance, rows = self.sums
+        tiles, empty_tiles = self.tiles.double()
+        sequences, lengths = torch.cat(self.sequences), torch.cat(self.lengths)
+        counted = lengths >= self.min_sink_tokens
+        weight = lengths[counted].double()
+        first, four, top = ((sequences[counted, part] * weight[:, None]).sum(0) / weight.sum() for part in range(3))
+        sinks = (sequences[counted, 0] > SINK_EPSILON).double().mean(0) + 0 * first
+        positions = sequences[counted, 3].mode(0).values if len(weight) else torch.full_like(mass, math.nan)
+        result = {
+            "sink_rate": sinks,
+            "first_mass": first,
+            "first4_mass": four,
+            "top_mass": top,
+            "row_mass": mass / rows,
+            "empty_rows": empty / rows,
+            "sparsity": zero / visible,
+            "sparsity_small": small / visible,
+            "empty_tiles_64": empty_tiles[0] / tiles[0],
+            "empty_tiles_128": empty_tiles[1] / tiles[1],
+            "entropy": entropy / full,
+            "distance": distance / mass,
+        }
+        lists = {name: values.tolist() for name, values in result.items()}
+        lists["top_position"] = [int(p) if math.isfinite(p) else math.nan for p in positions.tolist()]
+        lists["dormant"] = (sequences[:, 4] < DORMANT_MASS).all(0).tolist()
+        return lists

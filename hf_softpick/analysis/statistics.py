@@ -1,0 +1,216 @@
+"""All statistics of a model from one forward pass over each batch: attention by head, activations by layer."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_softpick.analysis.activation_statistics import MASSIVE_RATIO, MASSIVE_VALUE, ActivationStatistics
+from hf_softpick.analysis.attention_rows import SMALL, AttentionCall, attention_rows
+from hf_softpick.analysis.attention_statistics import (
+    DORMANT_MASS,
+    MIN_SINK_TOKENS,
+    SINK_EPSILON,
+    SINK_EPSILONS,
+    AttentionStatistics,
+    Documents,
+    documents_of,
+)
+from hf_softpick.analysis.watching import PARTS, decoder_blocks, watch
+
+THRESHOLDS = {
+    "sink": list(SINK_EPSILONS),
+    "small_weight": SMALL,
+    "dormant_mass": DORMANT_MASS,
+    "massive_value": MASSIVE_VALUE,
+    "massive_ratio": MASSIVE_RATIO,
+}
+KINDS = ("first", "first4", "any")
+
+
+class ModelStatistics:
+    """Statistics of one model over any number of batches, mergeable over ranks.
+
+    Args:
+        layers: number of decoder layers.
+        min_sink_tokens: sequences shorter than this do not count for sinks.
+    """
+
+    def __init__(self, layers: int, min_sink_tokens: int = MIN_SINK_TOKENS) -> None:
+        self.min_sink_tokens = min_sink_tokens
+        self.attention = [AttentionStatistics(min_sink_tokens) for _ in range(layers)]
+        self.outputs = [{part: ActivationStatistics() for part in PARTS} for _ in range(layers)]
+        self.rows = self.tokens = self.sequences = self.sink_sequences = 0
+        self.row_length = 0
+
+    def add(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+        """Run one batch through the decoder and look into it.
+
+        Args:
+            inputs: input_ids int64 [B, T], and optionally position_ids (packed documents) or attention_mask
+                (0 = padding). On the device of the model.
+
+        Raises:
+            ValueError: the model's attention cannot be watched, or its layers changed; the message names the reason.
+        """
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        real = None if mask is None or bool(mask.all()) else mask.bool()
+        documents = documents_of(*ids.shape, inputs.get("position_ids"), real, ids.device)
+        calls = [0] * len(self.attention)
+
+        def on_attention(layer: int, call: AttentionCall) -> None:
+            calls[layer] += 1
+            self.attention[layer].add(attention_rows(call, documents.real), documents)
+
+        def on_output(layer: int, part: str, output: Tensor) -> None:
+            self.outputs[layer][part].add(output, documents.real, self.rows)
+
+        arguments = {name: value for name, value in inputs.items() if name in ("input_ids", "position_ids")}
+        if real is not None:
+            arguments["attention_mask"] = mask
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), watch(model, on_attention, on_output) as blocks:
+                if len(blocks) != len(self.attention):
+                    raise ValueError(f"the model has {len(blocks)} layers, expected {len(self.attention)}")
+                # The backbone alone: logits of a long row would be its largest tensor.
+                model.base_model(**arguments, use_cache=False)
+        finally:
+            model.train(training)
+        if set(calls) != {1}:
+            layer = next(layer for layer, count in enumerate(calls) if count != 1)
+            raise ValueError(
+                f"attention of layer {layer} was seen {calls[layer]} times in one forward pass of "
+                f"{type(model).__name__}, expected once: it does not go through transformers' attention interface."
+            )
+        self._count(documents, ids)
+
+    def _count(self, documents: Documents, ids: Tensor) -> None:
+        self.rows += ids.shape[0]
+        self.row_length = max(self.row_length, ids.shape[1])
+        self.sequences += documents.count
+        self.sink_sequences += int((documents.length >= self.min_sink_tokens).sum())
+        self.tokens += int(documents.length.sum())
+
+    def merge(self, other: "ModelStatistics") -> None:
+        """Add what another rank has seen."""
+        for mine, theirs in zip(self.attention, other.attention, strict=True):
+            mine.merge(theirs)
+        for mine, theirs in zip(self.outputs, other.outputs, strict=True):
+            for part in PARTS:
+                mine[part].merge(theirs[part])
+        self.row_length = max(self.row_length, other.row_length)
+        for name in ("rows", "tokens", "sequences", "sink_sequences"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def sink_rates(self) -> dict[str, dict[str, float]]:
+        """Share of (sequence, layer, head) above each epsilon; "nan" where no sequence is long enough."""
+        counts, total = zip(*(layer.sink_counts() for layer in self.attention), strict=True)
+        rates = (
+            torch.stack(counts).sum(0) / sum(total) if sum(total) else torch.full((3, len(SINK_EPSILONS)), math.nan)
+        )
+        return {
+            kind: {str(epsilon): value for epsilon, value in zip(SINK_EPSILONS, row.tolist(), strict=True)}
+            for kind, row in zip(KINDS, rates, strict=True)
+        }
+
+    def nonfinite(self) -> list[dict[str, Any]]:
+        """Layers and parts with NaN or Inf, in the order of the forward pass."""
+        found = []
+        for layer, parts in enumerate(self.outputs):
+            for part in ("attention", "mlp", "hidden"):
+                if parts[part].nonfinite:
+                    found.append({"layer": layer, "where": part, "count": parts[part].nonfinite})
+        return found
+
+    def summary(self) -> dict[str, float]:
+        """The scalars: means over layers and heads, extremes over layers, counts over the model."""
+        heads = [layer.result() for layer in self.attention]
+        hidden = [parts["hidden"].result() for parts in self.outputs]
+        return _summary(heads, hidden, self.sink_rates())
+
+    def result(self, tokenizer: PreTrainedTokenizerBase | None = None, rows: Sequence[Tensor] = ()) -> dict[str, Any]:
+        """Everything, as plain values.
+
+        Args:
+            tokenizer, rows: to name the tokens at the largest values; rows are the input_ids in the order of `add`.
+
+        Returns:
+            data (sample sizes), thresholds, sink_rate, summary, layers and nonfinite, as statistics.json holds them.
+        """
+        heads = [layer.result() for layer in self.attention]
+        outputs = [
+            {part: each.result() if each.tokens else None for part, each in parts.items()} for parts in self.outputs
+        ]
+        rates = self.sink_rates()
+        for parts in outputs:
+            for part in filter(None, parts.values()):
+                for place in filter(None, [part["largest"], *part["massive_at"]]):
+                    place["token"] = _token(tokenizer, rows, place)
+        return {
+            "data": {
+                "rows": self.rows,
+                "sequences": self.sequences,
+                "tokens": self.tokens,
+                "row_length": self.row_length,
+                "sink_sequences": self.sink_sequences,
+                "min_sink_tokens": self.min_sink_tokens,
+            },
+            "thresholds": THRESHOLDS,
+            "sink_rate": rates,
+            "summary": _summary(heads, [parts["hidden"] for parts in outputs], rates),
+            "layers": [
+                {"layer": layer, "heads": by_head, **parts}
+                for layer, (by_head, parts) in enumerate(zip(heads, outputs, strict=True))
+            ],
+            "nonfinite": self.nonfinite(),
+        }
+
+
+def measure(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], min_sink_tokens: int = MIN_SINK_TOKENS
+) -> ModelStatistics:
+    """Statistics of `model` over `batches`; arguments and errors as for `ModelStatistics`."""
+    statistics = ModelStatistics(len(decoder_blocks(model)), min_sink_tokens)
+    for inputs in batches:
+        statistics.add(model, {name: value.to(model.device) for name, value in inputs.items()})
+    if not statistics.tokens:
+        raise ValueError("there is no token to measure")
+    return statistics
+
+
+def _summary(heads: list[dict], hidden: list[dict], rates: dict[str, dict[str, float]]) -> dict[str, float]:
+    def mean(name: str) -> float:
+        values = [value for layer in heads for value in layer[name]]
+        return sum(values) / len(values)
+
+    kurtosis = [layer["kurtosis"] for layer in hidden]
+    epsilon = str(SINK_EPSILON)
+    names = ("sparsity", "sparsity_small", "empty_tiles_64", "empty_tiles_128", "row_mass", "empty_rows")
+    return {
+        "sink_rate": rates["first"][epsilon],
+        "sink_rate_first4": rates["first4"][epsilon],
+        "sink_rate_any": rates["any"][epsilon],
+        "first_mass": mean("first_mass"),
+        **{name: mean(name) for name in (*names, "entropy", "distance")},
+        "dormant_heads": sum(sum(layer["dormant"]) for layer in heads),
+        "kurtosis": sum(kurtosis) / len(kurtosis),
+        "kurtosis_max": _largest(kurtosis),
+        "hidden_max": _largest([layer["max"] for layer in hidden]),
+        "hidden_min": -_largest([-layer["min"] for layer in hidden]),
+        "massive_activations": sum(layer["massive"] for layer in hidden),
+    }
+
+
+def _largest(values: list[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _token(tokenizer: PreTrainedTokenizerBase | None, rows: Sequence[Tensor], place: dict[str, Any]) -> str | None:
+    if tokenizer is None or place["row"] >= len(rows):
+        return None
+    return tokenizer.decode([int(rows[place["row"]][place["position"]])])

@@ -1,0 +1,215 @@
+"""Look into one forward pass of any causal LM: what each attention was called with, what each part put out.
+
+No weights are asked for and nothing of the model changes: transformers' attention interface, and the attention of our
+own models, are wrapped while the block runs.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from hf_softpick.analysis.attention_rows import AttentionCall
+from hf_softpick.modeling.attention_masks import VisibleKeys, visible_keys
+from hf_softpick.modeling.attention_softpick import UNSUPPORTED, check_mask, visible_of_call
+from hf_softpick.modeling.normalizers import NORMALIZERS
+
+PARTS = ("hidden", "attention", "mlp")
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|ffn|feed_forward|feedforward|moe")
+# What these functions cannot repeat; softcap and sinks are arguments of theirs.
+_UNSUPPORTED = {name: what for name, what in UNSUPPORTED.items() if name not in ("softcap", "s_aux", "sinks")}
+
+
+class Block(NamedTuple):
+    """One decoder layer: its module, its attention, and its MLP if it has one that can be told apart."""
+
+    layer: nn.Module
+    attention: nn.Module
+    mlp: nn.Module | None
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[Block]:
+    """The decoder layers of `model` in order.
+
+    Raises:
+        ValueError: no list of modules has an attention in each of its elements.
+    """
+    found: list[list[Block]] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            blocks = [_block(layer) for layer in module]
+            if all(block is not None for block in blocks):
+                found.append(blocks)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers with an attention in each, so its layers cannot be told "
+            "apart. Expected a decoder of transformers, such as Llama, Qwen, Gemma or GPT-NeoX."
+        )
+    return max(found, key=len)
+
+
+def _block(layer: nn.Module) -> Block | None:
+    # Norms and dropouts are named after what they stand beside, and have no parts of their own.
+    parts = {name: child for name, child in layer.named_children() if next(child.children(), None) is not None}
+    attention = next((child for name, child in parts.items() if _ATTENTION.search(name)), None)
+    mlp = next((child for name, child in parts.items() if _MLP.search(name)), None)
+    return None if attention is None else Block(layer, attention, mlp)
+
+
+@contextlib.contextmanager
+def watch(
+    model: PreTrainedModel,
+    on_attention: Callable[[int, AttentionCall], None],
+    on_output: Callable[[int, str, Tensor], None],
+) -> Iterator[list[Block]]:
+    """While the block runs, every forward pass of `model` reports from the inside.
+
+    Args:
+        on_attention: gets the layer and the call, after rotary embedding, before the weights are computed.
+        on_output: gets the layer, one of PARTS and the output [B, T, hidden]: of the layer, its attention, its MLP.
+
+    Raises:
+        ValueError: an attention is called with something that statistics cannot repeat; the message names it.
+    """
+    blocks = decoder_blocks(model)
+    current: list[int] = []
+    handles = []
+
+    def enter(index: int) -> Callable:
+        return lambda module, arguments: current.append(index)
+
+    def leave(index: int, part: str) -> Callable:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            if part == "attention":
+                current.pop()
+            on_output(index, part, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        handles.append(block.attention.register_forward_pre_hook(enter(index)))
+        for part, module in zip(PARTS, block, strict=True):
+            if module is not None:
+                handles.append(module.register_forward_hook(leave(index, part)))
+
+    def report(call: AttentionCall) -> None:
+        on_attention(current[-1], call)
+
+    try:
+        with _watch_interface(report, current), _watch_ours(blocks, report, current):
+            yield blocks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _watch_interface(report: Callable[[AttentionCall], None], current: list[int]) -> Iterator[None]:
+    """Every attention that goes through transformers' interface, "eager" included."""
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, implementation: str, default: Callable) -> Callable:
+        function = original(self, implementation, default)
+        if not current:
+            return function
+
+        def watched(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any, **kwargs: Any
+        ):
+            if rest:
+                raise ValueError(f"{type(module).__name__} passes arguments by position, which cannot be read here.")
+            report(read_call(implementation, module, query, key, mask, kwargs))
+            return function(module, query, key, value, mask, **kwargs)
+
+        return watched
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original
+
+
+@contextlib.contextmanager
+def _watch_ours(blocks: list[Block], report: Callable[[AttentionCall], None], current: list[int]) -> Iterator[None]:
+    """Our own models call `run_attention` of their module; a checkpoint's Hub code has a module of its own."""
+    modules = {type(block.attention).__module__ for block in blocks}
+    ours = [sys.modules[name] for name in modules if hasattr(sys.modules[name], "run_attention")]
+    originals = [module.run_attention for module in ours]
+
+    def watched(original: Callable) -> Callable:
+        def run_attention(query, key, value, visible, scale, normalizer, *rest, **kwargs):
+            if current:
+                # Hub code has a class VisibleKeys of its own.
+                keys = visible if isinstance(visible, Tensor) else VisibleKeys(*visible)
+                report(AttentionCall(query, key, keys, scale, normalizer))
+            return original(query, key, value, visible, scale, normalizer, *rest, **kwargs)
+
+        return run_attention
+
+    for module, original in zip(ours, originals, strict=True):
+        module.run_attention = watched(original)
+    try:
+        yield
+    finally:
+        for module, original in zip(ours, originals, strict=True):
+            module.run_attention = original
+
+
+def read_call(
+    implementation: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> AttentionCall:
+    """A call of transformers' attention interface in our terms.
+
+    Raises:
+        ValueError: it holds something that changes the weights and is not understood here; the message names it.
+    """
+    name = f"{type(module).__name__} with attn_implementation={implementation!r}"
+    for argument, meaning in _UNSUPPORTED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"{name} uses {meaning}, of which no statistics can be made.")
+    causal = kwargs.get("is_causal")
+    if not (causal if causal is not None else getattr(module, "is_causal", True)):
+        raise ValueError(f"{name} is not causal; statistics are defined for causal attention.")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        raise ValueError(
+            f"{name} gets another mask than [B, 1 or H, T, S]. Load the model with attn_implementation='sdpa'."
+        )
+    scale = kwargs.get("scaling")
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+    normalizer = implementation if implementation in NORMALIZERS else "softmax"
+    return AttentionCall(
+        query,
+        key,
+        _visible(name, implementation, query, key, mask, kwargs),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        normalizer,
+        kwargs.get("softcap"),
+        sinks,
+    )
+
+
+def _visible(name: str, implementation: str, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]):
+    length = query.shape[2]
+    if implementation in NORMALIZERS:
+        position_ids, boundaries = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
+        return visible_of_call(mask, query, key, kwargs.get("sliding_window"), position_ids, boundaries)
+    if mask is None and "flash" in implementation:
+        raise ValueError(
+            f"{name} keeps documents apart by arguments of its own. Load the model with attn_implementation='sdpa'."
+        )
+    if mask is None:
+        return visible_keys(length, length, query.device)
+    if mask.dtype == torch.bool:
+        return check_mask(mask, length, key.shape[2])
+    # What softmax turns into exactly 0 is hidden; any other value would be a bias on the scores.
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if bool((~hidden & (mask != 0)).any()):
+        raise ValueError(f"{name} adds a bias to its scores, of which no statistics can be made.")
+    return ~hidden
