@@ -77,7 +77,8 @@ def convert(
     ]
     state = _read(opened, plan, expected, settings, kind, progress)
 
-    staging = destination.absolute().with_name(f".{destination.name or 'converted'}-staging")
+    destination = destination.absolute()
+    staging = destination.with_name(f".{destination.name}-staging")
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

@@ -213,7 +213,9 @@ def intermediate_size(values: dict[str, Any]) -> int:
 def _ancestor_notes(implementation: str, normalizer: str) -> list[str]:
     notes = []
     if normalizer.endswith("softpick"):
-        eps, bound = ("1e-8", "1e-6 / sum|e^x - 1|") if implementation.startswith("naive_") else ("1e-6", "1e-6")
+        # With S = sum|e^x - 1| and the largest score m > 0, S >= e^m - 1 bounds (S + 1e-6) / (S + eps e^m) - 1.
+        naive = implementation.startswith("naive_")
+        eps, bound = ("1e-8", "1e-8 + 1e-6 / sum|e^x - 1|") if naive else ("1e-6", "1e-6")
         notes.append(
             f"The source adds {eps} to the denominator after the shift by the row's largest score; here 1e-6 is added "
             f"before it. A row of weights differs by a share of at most {bound}."

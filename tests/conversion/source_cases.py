@@ -198,7 +198,7 @@ def _logits(tensors, tokens, names, heads, layers, eps, theta, window, kind, sof
         mixed = []
         for head in range(heads):
             scores = q[:, head] @ k[:, head // group].T * q.shape[-1] ** -0.5
-            mixed.append(_weights(scores, visible, kind.strip("_"), softpick_eps) @ v[:, head // group])
+            mixed.append(source_weights(scores, visible, kind.strip("_"), softpick_eps) @ v[:, head // group])
         x = x + project(torch.cat(mixed, -1), f"{p}{attention}.o_proj")
         h = norm(x, p + norm_2)
         gate = project(h, p + "mlp.gate_proj")
@@ -207,10 +207,11 @@ def _logits(tensors, tokens, names, heads, layers, eps, theta, window, kind, sof
     return norm(x, "model.norm") @ head.T
 
 
-def _weights(scores, visible, kind, eps):
+def source_weights(scores: Tensor, visible: Tensor, kind: str, eps: float) -> Tensor:
+    """[T, T] weights as the ancestor's kernels define them: eps is added after the shift by the largest score."""
     if kind == "softpick":
         largest = scores.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
-        difference = ((scores.exp() - 1) * (-largest).exp()).where(visible, torch.zeros(()).double())
+        difference = (scores.expm1() * (-largest).exp()).where(visible, torch.zeros(()).double())
         return difference.clamp_min(0) / (difference.abs().sum(-1, keepdim=True) + eps)
     kept = visible & (scores >= 0) if kind == "rectified" else visible
     e = scores.exp() * kept

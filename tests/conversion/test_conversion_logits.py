@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from source_cases import ancestor, ancestor_logits, llama, llama_logits, write
+from source_cases import ancestor, ancestor_logits, llama, llama_logits, source_weights, write
 
-from hf_softpick import SoftpickForCausalLM
+from hf_softpick import SoftpickForCausalLM, softpick
 from hf_softpick.conversion.converting import convert
+from hf_softpick.conversion.settings import read_settings
 
 TOKENS = torch.randint(3, 64, (24,), generator=torch.Generator().manual_seed(1))
 NORMALIZERS = {
@@ -54,6 +55,38 @@ def test_the_attentions_differ():
         logits.append(ancestor_logits(config, tensors, TOKENS))
     for i, a in enumerate(logits):
         assert all((a - b).abs().max() > 0.05 for b in logits[:i])
+
+
+@pytest.mark.parametrize(("eps", "bound"), [(1e-6, lambda s: 1e-6), (1e-8, lambda s: 1e-8 + 1e-6 / s)])
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-2, 1.0, 10.0])
+def test_the_difference_of_the_epsilons_is_bounded_as_told(eps, bound, size):
+    scores = torch.randn(200, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * size
+    theirs = source_weights(scores, torch.ones(200, 16, dtype=torch.bool), "softpick", eps)
+    ours = softpick(scores)
+    share = (theirs - ours).abs().sum(-1) / ours.sum(-1)  # the same for every weight of a row, but for rounding
+    limit = bound(scores.expm1().abs().sum(-1))
+    assert (share <= limit * (1 + 1e-6) + 1e-9).all()
+    assert share.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({"hidden_size": 768, "num_heads": 12}, 2048),
+        ({"hidden_size": 1024, "num_heads": 16, "hidden_ratio": None}, 2816),
+        ({"hidden_size": 2048, "num_heads": 32, "num_kv_heads": None, "intermediate_size": None}, 5632),
+        ({"hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 14336}, 14336),
+        ({"hidden_size": 768, "num_heads": 12, "hidden_ratio": 2}, 1024),
+    ],
+)
+def test_widths_of_the_published_sizes(changes, width):
+    config = {**ancestor()[0], **changes, "elementwise_affine": True, "fuse_swiglu": True, "pad_token_id": 2}
+    del config["vocab_size"], config["norm_eps"], config["rope_theta"]
+    found = read_settings(config).config
+    assert found["intermediate_size"] == width
+    assert (found["vocab_size"], found["rms_norm_eps"], found["pad_token_id"]) == (32000, 1e-6, 2)
+    assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert found["num_key_value_heads"] == (changes.get("num_kv_heads") or changes["num_heads"])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +188,7 @@ def test_scaled_rotary_embedding(tmp_path, scaling):
 def test_scale_of_heads_appears_and_goes_with_a_warning(tmp_path, start, end):
     config, tensors = ancestor(attn_impl=f"parallel_{start}")
     model, report = converted(tmp_path, config, tensors, normalizer=end)
-    assert "is bad" not in report["warnings"][0] and "trained further" in report["warnings"][0]
+    assert "trained further" in report["warnings"][0]
     if end == "scaled_softpick":
         assert torch.equal(model.model.layers[1].self_attn.head_scale, torch.full((4,), 0.3))
         assert [entry["value"] for entry in report["created"]] == [0.3, 0.3]
