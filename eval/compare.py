@@ -82,6 +82,11 @@ def compare(options: argparse.Namespace) -> int:
     from hf_softpick.analysis.report_markdown import render_markdown
     from hf_softpick.files import write_json
 
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be made: {error.strerror}. Choose another folder.") from None
     results = Path(options.results) if options.results else None
     if results is not None and not results.is_dir():
         raise RecipeError(f"--results {results} is not a folder")
@@ -92,7 +97,6 @@ def compare(options: argparse.Namespace) -> int:
     if not options.no_maps:
         add_maps(comparison, options)
     comparison["claims"] = judge(comparison)
-    out = Path(options.out)
     write_json(out / "comparison.json", comparison)
     write_text(out / "comparison.md", render_markdown(comparison))
     write_text(out / "comparison.html", render_html(comparison))

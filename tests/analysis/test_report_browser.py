@@ -32,7 +32,8 @@ found.requests = view.performance.getEntriesByType('resource').map(r => r.name);
 const rgb = text => text.match(/[0-9.]+/g).map(Number);
 const light = c => { const f = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
   return .2126 * f(c[0]) + .7152 * f(c[1]) + .0722 * f(c[2]); };
-const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
+const contrast = (a, b) => {
+  const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
 const behind = node => { for (; node; node = node.parentElement) {
   const c = rgb(view.getComputedStyle(node).backgroundColor); if (c.length < 4 || c[3] > 0) return c; }
   return [255, 255, 255]; };
@@ -53,7 +54,8 @@ for (let t; t = walk.nextNode();) {
   if (svg) { const frame = svg.getBoundingClientRect();
     if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 ||
         box.bottom > frame.bottom + 1) say('text outside its figure', node); }
-  else if (!node.closest('.scroll') && (box.right > view.innerWidth + 1 || box.left < -1)) say('text off the page', node);
+  else if (!node.closest('.scroll') && (box.right > view.innerWidth + 1 || box.left < -1))
+    say('text off the page', node);
 }
 found.figures = 0;
 document.querySelectorAll('svg').forEach(svg => { const box = svg.getBoundingClientRect(); found.figures++;
