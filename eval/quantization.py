@@ -85,6 +85,8 @@ def _run(options: argparse.Namespace) -> int:
         results[name] = result
         plot_quantization({name: result}, folder / "quantization.png")
         print(f"\n{name}: {result['data']['description']}\n\n{format_table(result)}\n\n{folder / 'quantization.json'}")
+        if evaluate:
+            print(f"\n{_task_table(result, options.limit)}")
         if not any(entry["status"] == "measured" for entry in result["formats"]):
             nothing.append(name)
     if len(results) > 1:
@@ -106,6 +108,14 @@ def _evaluation(options: argparse.Namespace) -> Any:
         return evaluate_tasks(loaded, tasks, manager, limit=options.limit)[0]["tasks"]
 
     return evaluate
+
+
+def _task_table(result: dict[str, Any], limit: int | None) -> str:
+    from hf_softpick.analysis.downstream import format_table
+
+    measured = {entry["format"]: entry for entry in result["formats"] if entry["status"] == "measured"}
+    columns = {"as saved": result["baseline"], **measured}
+    return format_table({name: {"tasks": entry["tasks"], "limit": limit} for name, entry in columns.items()})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.analysis.quantization_formats import (
+    FORMATS,
     GROUP_SIZES,
     Format,
     QuantizationRefused,
@@ -28,6 +29,7 @@ from hf_softpick.analysis.samples import Samples, batches
 from hf_softpick.errors import CheckpointError, DataError
 
 _LARGEST_EXPONENT = 700
+_MARKERS = "osDdP^v<*Xph8"
 
 
 class Storage(NamedTuple):
@@ -85,6 +87,7 @@ def measure_quantization(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sizes = {layer.in_features for _, layer in _linear_layers(model)}
         group_size = next((size for size in GROUP_SIZES if all(n % size == 0 for n in sizes)), GROUP_SIZES[-1])
+        odd_layers = _odd_layers(model.base_model)
         texts = _texts(loaded, samples_of) if any(item.calibrated and not missing(item) for item in formats) else []
         request = Request(model.dtype, model.device, group_size, loaded.tokenizer, texts)
         del model, loaded
@@ -99,7 +102,10 @@ def measure_quantization(
             _free()
             entry = {"format": item.name, "library": library(item), "bits": item.bits}
             result["formats"].append(
-                entry | _measure_format(item, load, request, rows, baseline["loss"], parameters, evaluate, bar.update)
+                entry
+                | _measure_format(
+                    item, load, request, rows, baseline["loss"], parameters, odd_layers, evaluate, bar.update
+                )
             )
             bar.update(begin + len(rows) - bar.n)
             if after_each:
@@ -116,6 +122,7 @@ def _measure_format(
     rows: Sequence[dict[str, Tensor]],
     baseline: float,
     parameters: int,
+    odd_layers: str,
     evaluate: Callable[[LoadedModel], dict[str, Any]] | None,
     advance: Callable[[int], Any],
 ) -> dict[str, Any]:
@@ -125,13 +132,13 @@ def _measure_format(
         loaded = load_quantized(item, load, request)
         storage = quantized_storage(loaded.model)
         if not storage.weights:
-            raise QuantizationRefused(_why_nothing(loaded.model, request.group_size))
+            raise QuantizationRefused("nothing was quantized: every linear layer holds floats")
         try:
             loss, _ = token_loss(loaded.model, rows, advance)
         except Exception as error:  # a layer that loads may have no kernel for this device or type
             raise QuantizationRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     except QuantizationRefused as error:
-        return {"status": "refused", "reason": str(error)}
+        return {"status": "refused", "reason": f"{error}{odd_layers}"}
     return {
         "status": "measured",
         "bits_per_weight": 8 * storage.bytes / storage.weights,
@@ -237,12 +244,16 @@ def _tensors(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
         yield from _tensors(item, seen)
 
 
-def _why_nothing(model: nn.Module, group_size: int) -> str:
-    odd = [f"{name} ({layer.in_features} inputs)" for name, layer in _linear_layers(model)]
-    odd = [text for text in odd if int(text.split("(")[1].split()[0]) % group_size]
+def _odd_layers(model: nn.Module) -> str:
+    """Layers that no group or tile of a library fits, for the reason of a refusal."""
+    odd = [
+        f"{name} {layer.in_features} x {layer.out_features}"
+        for name, layer in _linear_layers(model)
+        if layer.in_features % GROUP_SIZES[-1] or layer.out_features % GROUP_SIZES[-1]
+    ]
     if not odd:
-        return "nothing was quantized: no linear layer holds integers"
-    return f"nothing was quantized: {len(odd)} layers do not fit groups of {group_size}, for instance {odd[0]}"
+        return ""
+    return f" ({len(odd)} layers have sizes that are no multiples of {GROUP_SIZES[-1]}, for instance {odd[0]})"
 
 
 def _texts(loaded: LoadedModel, samples_of: Callable[[LoadedModel, bool], Samples]) -> list[str]:
@@ -281,7 +292,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def plot_quantization(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw perplexity over the bits of a weight, one colour a model; formats whose loss is not finite are named below.
+    """Draw perplexity over the bits of a weight, one colour a model; formats whose loss is not finite are named above.
 
     Args:
         results: by name of the model.
@@ -289,32 +300,39 @@ def plot_quantization(results: dict[str, dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     broken = []
     for index, (name, result) in enumerate(results.items()):
         color = f"C{index}"
-        axes.axhline(result["baseline"]["perplexity"], color=color, linestyle="--", linewidth=1)
-        points = []
+        axes.axhline(result["baseline"]["perplexity"], color=color, linestyle="--", linewidth=1, label=name)
         for entry in result["formats"]:
             if entry["status"] != "measured":
                 continue
-            if math.isfinite(entry["perplexity"]):
-                points.append((entry["bits"], entry["perplexity"], entry["format"]))
-            else:
+            if not math.isfinite(entry["perplexity"]):
                 broken.append(f"{name} {entry['format']}: {entry['loss']}")
-        axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color=color, label=name, s=24)
-        for x, y, text in points:
-            axes.annotate(
-                text, (x, y), textcoords="offset points", xytext=(6, 0), va="center", fontsize=6, color=color
-            )
-    axes.set(xlabel="bits of a weight (dashed: as saved)", ylabel="perplexity", yscale="log", xticks=(2, 4, 8))
-    axes.set_xlim(1, 10.5)
+                continue
+            number = list(FORMATS).index(entry["format"]) if entry["format"] in FORMATS else len(FORMATS)
+            # Formats of equal bits stand side by side.
+            x = entry["bits"] * 2 ** (0.06 * (number - len(FORMATS) / 2))
+            axes.plot(x, entry["perplexity"], color=color, marker=_MARKERS[number], linestyle="", markersize=6)
+    for number, name in enumerate(FORMATS):
+        if any(
+            entry["format"] == name and "loss" in entry for result in results.values() for entry in result["formats"]
+        ):
+            axes.plot([], [], color="gray", marker=_MARKERS[number], linestyle="", label=name)
+    axes.set(xlabel="bits of a weight (dashed: as saved)", ylabel="perplexity", xscale="log", yscale="log")
+    axes.set_xticks((2, 4, 8), ("2", "4", "8"))
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axes.set_xlim(1.4, 11.5)
     if broken:
         axes.set_title("not finite: " + ", ".join(broken), fontsize=7)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -173,9 +173,11 @@ def test_a_format_that_leaves_weights_in_float_is_refused(folders, text):
 
 def test_layers_that_do_not_fit_a_group_are_named(text, tmp_path):
     folder = train_model(tmp_path, text, "softpick", steps=1, hidden_size=48, intermediate_size=80)
-    (entry,) = _measure(folder, text, [FORMATS["torchao-int4"]])["formats"]
-    assert entry["status"] == "refused"
-    assert "32" in entry["reason"] and ("48" in entry["reason"] or "80" in entry["reason"]), entry["reason"]
+    nothing = Format("nothing", 8, (), "torch", apply=_no_op)
+    for entry in _measure(folder, text, [FORMATS["torchao-int4"], nothing])["formats"]:
+        assert entry["status"] == "refused"
+        assert "14 layers have sizes that are no multiples of 32" in entry["reason"]
+        assert "layers.0.self_attn.q_proj 48 x 48" in entry["reason"]
 
 
 def test_layers_left_in_float_are_counted(folders):
@@ -192,6 +194,14 @@ def test_layers_left_in_float_are_counted(folders):
     # 4 bits, and a float32 scale and shift for each output of a layer whose rows make one group.
     rows = 2 * (128 + 128 + 64)
     assert storage.bytes == storage.weights // 2 + rows * 8 + 2 * 3 * 8  # two scales of activations in each layer
+
+
+def test_integers_beside_a_float_weight_are_not_a_quantized_weight():
+    layer = torch.nn.Linear(64, 64)
+    layer.register_buffer("codes", torch.zeros(64, 64, dtype=torch.int8))
+    assert quantized_storage(torch.nn.Sequential(layer)) == (0, 0, ["0"])
+    del layer.weight
+    assert quantized_storage(torch.nn.Sequential(layer)) == (64 * 64, 64 * 64, [])
 
 
 def test_a_missing_library_is_named_and_the_others_are_measured(folders, text, monkeypatch):
@@ -284,6 +294,17 @@ def test_the_command_writes_results_table_and_plots(command, folders, text, tmp_
         assert result["data"]["rows"] == 10 and "text.jsonl" in result["data"]["description"]
         assert (tmp_path / name / "quantization.png").is_file()
     assert (tmp_path / "quantization.png").is_file()
+
+
+def test_the_command_evaluates_tasks_in_every_format(command, folders, text, tmp_path, capsys):
+    arguments = ["--data", text, "--seq-len", "64", "--samples", "4", "--device", "cpu", "--out", str(tmp_path)]
+    tasks = ["--tasks", "offline_cloze", "--limit", "2"]
+    assert command([str(folders["softpick"]), *arguments, "--formats", "quanto-int8", *tasks]) == 0
+    result = json.loads((tmp_path / "quantization.json").read_text())
+    for entry in result["baseline"], *result["formats"]:
+        assert entry["tasks"]["offline_cloze"]["samples"] == 2 and entry["tasks"]["offline_cloze"]["metrics"]
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| task"))
+    assert "as saved" in header and "quanto-int8" in header
 
 
 def test_exit_codes_of_the_command(command, folders, text, tmp_path, capsys, monkeypatch):
