@@ -82,7 +82,7 @@ def gather(sources: Sequence[str | Path], results: Path | None = None) -> dict[s
         "runs": runs,
         "recipe_differences": differences,
         "pair": pair,
-        "warnings": [*_run_warnings(runs), *_mixed_conditions(runs)],
+        "warnings": [*_pair_warnings(pair), *_run_warnings(runs), *_mixed_conditions(runs)],
     }
 
 
@@ -154,6 +154,18 @@ def mismatch(kind: str, runs: Sequence[dict[str, Any]]) -> str | None:
         if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             return f"{path.removeprefix('data.')} differs: " + ", ".join(f"{k} {v}" for k, v in values.items())
     return None
+
+
+def _pair_warnings(pair: dict[str, Any]) -> list[str]:
+    if pair["softpick"] is None or pair["softmax"] is None:
+        return []
+    names = f"{pair['softpick']} and {pair['softmax']}"
+    if pair["other_differences"]:
+        keys = ", ".join(pair["other_differences"])
+        return [f"{names} differ in more than the normalizer: {keys}. No contrast between them is judged."]
+    if pair["unknown"]:
+        return [f"It cannot be checked that {names} differ in the normalizer alone: {pair['unknown']}."]
+    return []
 
 
 def _mixed_conditions(runs: list[dict[str, Any]]) -> list[str]:

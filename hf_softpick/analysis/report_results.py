@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hf_softpick.analysis.claims import measured_formats
+from hf_softpick.analysis.comparison import recipe_differences
 from hf_softpick.analysis.report_blocks import (
     Cell,
     Figure,
@@ -46,15 +47,17 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         drawings.append(("Second half", line_chart("Loss, second half", late, "step", "loss (nats per token)")))
     yield Figure("Training loss (line) and validation loss (circles).", drawings, runs=True)
     values = [run["curves"] or {} for run in runs]
-    several = len({v.get("last_step") for v in values if v}) > 1
-    if several:
-        yield Text("The runs stand at different steps, so no loss is marked.", "flag")
-    lower = None if several else "lower"
+    obstacle = _unequal(runs)
+    if obstacle:
+        yield Text(f"The runs {obstacle}, so no loss is marked.", "flag")
+    lower = None if obstacle else "lower"
+    # Recipes may differ in how many rows they validate on.
+    same_rows = len({v.get("eval_tokens") for v in values}) == 1
     rows = [
         ranked("Training loss, mean of the last tenth", [v.get("last_train_loss") for v in values], lower, loss),
         ranked("  its log lines", [v.get("last_train_lines") for v in values], None, plain_number),
         ranked("  their standard deviation", [v.get("last_train_deviation") for v in values], None, loss),
-        ranked("Validation loss, last", [v.get("last_eval_loss") for v in values], lower, loss),
+        ranked("Validation loss, last", [v.get("last_eval_loss") for v in values], lower if same_rows else None, loss),
         ranked("  its tokens", [v.get("eval_tokens") for v in values], None, plain_number),
         ranked("Steps", [v.get("last_step") for v in values], None, plain_number),
         ranked("Tokens seen", [v.get("tokens_seen") for v in values], None, plain_number),
@@ -74,6 +77,15 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     ]
     caption = "Throughput over the log lines, the first left out; marked where the percentiles do not overlap"
     yield Table(caption, ["", *(run["label"] for run in runs)], rows)
+
+
+def _unequal(runs: Sequence[dict[str, Any]]) -> str | None:
+    """Why losses of these runs cannot be ranked: other steps, other data, other tokens."""
+    if len({run["curves"]["last_step"] for run in runs if run["curves"]}) > 1:
+        return "stand at different steps"
+    keys = [item["key"] for item in recipe_differences(runs) if item["training"]]
+    keys = [key for key in keys if key.startswith(("data.", "tokenizer."))]
+    return f"differ in {', '.join(keys)}" if keys else None
 
 
 def _apart(values: list[dict[str, Any]]) -> bool:

@@ -96,8 +96,9 @@ def test_the_pair_is_the_one_whose_recipes_differ_least(tmp_path):
     ]
     pair = gather(runs)["pair"]
     assert (pair["softpick"], pair["softmax"], pair["other_differences"]) == ("pick", "near", [])
-    pair = gather([runs[0], runs[2]])["pair"]
-    assert pair["other_differences"] == ["training.learning_rate", "training.seed"]
+    found = gather([runs[0], runs[2]])
+    assert found["pair"]["other_differences"] == ["training.learning_rate", "training.seed"]
+    assert "training.learning_rate, training.seed" in found["warnings"][0]
 
 
 def test_scaled_and_unscaled_do_not_make_a_pair(tmp_path):
@@ -119,11 +120,15 @@ def test_models_without_a_run_have_no_curves_and_unknown_recipes(tmp_path, monke
     found = gather(sources)
     assert [run["curves"] for run in found["runs"]] == [None, None]
     assert found["runs"][1]["normalizer"] == "softpick"
-    assert "no recipe of" in found["pair"]["unknown"] and found["pair"]["other_differences"] == []
+    assert (
+        "no recipe of" in found["pair"]["unknown"]
+        and "cannot be checked" in found["warnings"][0]
+        and found["pair"]["other_differences"] == []
+    )
     # A result of the same name, but of another model.
     name = found["runs"][1]["name"]
     write(tmp_path / f"report/{name}/statistics.json", statistics("elsewhere", "softpick", 0.0, 3.0, 9.0, 0.4))
-    assert "another model" in gather(sources)["warnings"][0]
+    assert "another model" in gather(sources)["warnings"][1]
 
 
 def test_results_are_looked_for_in_the_given_folder_first(tmp_path):
@@ -140,7 +145,7 @@ def test_an_unfinished_run_is_taken_with_a_warning(tmp_path):
     (runs[1] / "final/config.json").unlink()
     found = gather(runs)
     assert not found["runs"][1]["has_model"] and found["runs"][1]["normalizer"] == "softpick"
-    assert "softpick-a has not finished" in found["warnings"][0]
+    assert any("softpick-a has not finished" in warning for warning in found["warnings"])
 
 
 def test_two_runs_of_one_name_keep_apart(tmp_path):

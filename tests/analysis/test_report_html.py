@@ -117,6 +117,16 @@ def test_nothing_is_marked_where_conditions_differ(tmp_path):
     assert text.count("other text") >= 2 and "no side is marked" in text
 
 
+def test_losses_on_different_data_are_not_ranked(tmp_path):
+    runs = [write_run(tmp_path, "m", "softmax"), write_run(tmp_path, "p", "softpick", 2.5, data__seq_len=512)]
+    found = gather(runs)
+    found["claims"] = judge(found)
+    text = render_html(found)
+    rows = dict(re.findall(r'<tr><th scope="row"[^>]*>([^<]+)</th>(.*?)</tr>', text))
+    assert marked(rows["Training loss, mean of the last tenth"]) == [] and "differ in data.seq_len" in text
+    assert "No contrast between them is judged" in text[: text.index("<table")]
+
+
 def hostile_comparison(root):
     runs = [write_run(root, HOSTILE, "softmax"), write_run(root, "softpick", "softpick", data__seed=HOSTILE)]
     record = statistics("x", "softmax", 0.5, 9.0, 9.0, 0.0)
