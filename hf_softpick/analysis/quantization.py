@@ -29,6 +29,8 @@ from hf_softpick.analysis.samples import Samples, batches
 from hf_softpick.errors import CheckpointError, DataError
 
 _LARGEST_EXPONENT = 700
+_TILE = 64
+"""What every library takes: groups are of 32 to 128 weights, blocks of bitsandbytes on the CPU of 64."""
 _MARKERS = "osDdP^v<*Xph8"
 
 
@@ -249,11 +251,11 @@ def _odd_layers(model: nn.Module) -> str:
     odd = [
         f"{name} {layer.in_features} x {layer.out_features}"
         for name, layer in _linear_layers(model)
-        if layer.in_features % GROUP_SIZES[-1] or layer.out_features % GROUP_SIZES[-1]
+        if layer.in_features % _TILE or layer.out_features % _TILE
     ]
     if not odd:
         return ""
-    return f" ({len(odd)} layers have sizes that are no multiples of {GROUP_SIZES[-1]}, for instance {odd[0]})"
+    return f" ({len(odd)} layers have sizes that are no multiples of {_TILE}, for instance {odd[0]})"
 
 
 def _texts(loaded: LoadedModel, samples_of: Callable[[LoadedModel, bool], Samples]) -> list[str]:

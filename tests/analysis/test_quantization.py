@@ -176,7 +176,7 @@ def test_layers_that_do_not_fit_a_group_are_named(text, tmp_path):
     nothing = Format("nothing", 8, (), "torch", apply=_no_op)
     for entry in _measure(folder, text, [FORMATS["torchao-int4"], nothing])["formats"]:
         assert entry["status"] == "refused"
-        assert "14 layers have sizes that are no multiples of 32" in entry["reason"]
+        assert "14 layers have sizes that are no multiples of 64" in entry["reason"]
         assert "layers.0.self_attn.q_proj 48 x 48" in entry["reason"]
 
 
