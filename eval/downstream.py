@@ -92,6 +92,7 @@ def _run(options: argparse.Namespace) -> None:
         (folder / "downstream.md").write_text(format_table({name: result}) + "\n", encoding="utf-8")
         print(f"{name}: {folder / 'downstream.json'} (batch size {result['batch_size']}, {result['batch_size_from']})")
         failures += [f"{name}: {task}: {result['tasks'][task]['error']}" for task in failed(result)]
+        del loaded  # before the next one is read
     print(f"\n{format_table(results)}")
     if failures:
         total = len(tasks) * len(options.models)

@@ -77,6 +77,7 @@ def _run(options: argparse.Namespace) -> None:
         plot_grid(result, folder / "passkey.png", f"{loaded.name}: passkey retrieval")
         print(_format(loaded.name, result))
         print(f"{folder / 'passkey.json'}, {folder / 'passkey.png'}\n")
+        del loaded  # before the next one is read
 
 
 def _format(name: str, result: dict[str, Any]) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.analysis.passkey_prompts import Prompt, TooShort, answer_tokens, build_prompt, encode, only_digits
-from hf_softpick.errors import RecipeError
+from hf_softpick.errors import CheckpointError, RecipeError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SHORTEST = 64
@@ -163,8 +164,6 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 @torch.no_grad()
 def generate_answers(loaded: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[str]:
     """What greedy generation with the KV cache writes after each prompt, decoded."""
-    from transformers import GenerationConfig
-
     model, tokenizer = loaded.model, loaded.tokenizer
     ids, mask = _pad_left([prompt.ids for prompt in prompts], model.device)
     greedy = GenerationConfig(
@@ -195,6 +194,9 @@ def candidate_scores(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
     """Log-likelihoods, nats, float32 [prompts, 1 + distractors], the key first.
 
     Every prompt has the same number of distractors.
+
+    Raises:
+        CheckpointError: the model has no KV cache.
     """
     model, device = loaded.model, loaded.model.device
     shared, endings = [], []
@@ -209,9 +211,13 @@ def candidate_scores(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
     ids, mask = _pad_left(shared, device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     # Without the head: a long prompt makes no logits.
-    cache = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True
-    ).past_key_values
+    output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if not isinstance(cache, DynamicCache):
+        raise CheckpointError(
+            f"{type(model).__name__} keeps {type(cache).__name__} instead of a KV cache, which the candidates share; "
+            "passkey retrieval cannot be measured for it."
+        )
     cache.batch_repeat_interleave(candidates)
 
     rows = [row for group in endings for row in group]

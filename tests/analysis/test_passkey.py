@@ -100,11 +100,32 @@ def test_what_is_out_of_sight_is_not_found():
     assert result["choice_accuracy"][1][0] < 1.0
 
 
-def test_scores_are_those_of_a_plain_forward(softpick):
+def foreign(name: str) -> LoadedModel:
+    """A random model of transformers; Mistral's window is shorter than the prompts."""
+    import transformers
+
+    tokenizer = byte_tokenizer()
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    if name == "Mistral":
+        sizes |= dict(intermediate_size=32, num_key_value_heads=1, sliding_window=32, max_position_embeddings=512)
+    elif name == "GPT2":
+        sizes |= dict(max_position_embeddings=512)
+    torch.manual_seed(0)
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, name + head)(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return loaded(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["softpick", "GPT2", "Mistral"])
+def test_scores_are_those_of_a_plain_forward(softpick, name):
     """No cache, no padding, one candidate at a time, float64."""
-    prompts = prompts_of(softpick, 200, 3)
-    scores = candidate_scores(softpick, prompts)
-    model, tokenizer = copy.deepcopy(softpick.model).double(), softpick.tokenizer
+    one = softpick if name == "softpick" else foreign(name)
+    prompts = prompts_of(one, 200, 3)
+    scores = candidate_scores(one, prompts)
+    model, tokenizer = copy.deepcopy(one.model).double(), one.tokenizer
     for row, prompt in zip(scores, prompts, strict=True):
         for score, key in zip(row, [prompt.key, *prompt.distractors], strict=True):
             ids = torch.tensor([tokenizer(f"{prompt.text} {key}").input_ids])
@@ -197,6 +218,11 @@ def _without(tokenizer, token):
 
     vocabulary = {name: index for name, index in tokenizer.get_vocab().items() if name != token}
     return models.WordLevel(vocabulary, unk_token="<unk>")
+
+
+def test_a_model_without_kv_cache_is_refused():
+    with pytest.raises(CheckpointError, match="MambaForCausalLM keeps NoneType instead of a KV cache"):
+        passkey_grid(foreign("Mamba"), [150], (0.0,), samples=1)
 
 
 def test_the_picture(tmp_path, softpick):
