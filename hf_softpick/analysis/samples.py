@@ -120,6 +120,16 @@ def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
             yield {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids")}
 
 
+def one_document_a_row(samples: Samples) -> Samples:
+    """The same documents in rows of their own, for models that do not keep packed documents apart."""
+    rows = []
+    for row in samples.rows:
+        starts = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
+        for begin, end in itertools.pairwise([*starts, len(row["input_ids"])]):
+            rows.append({name: values[begin:end] for name, values in row.items()})
+    return samples._replace(rows=rows)
+
+
 def _recipe_documents(
     prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, rows_have_bos: bool, calibration: bool
 ) -> tuple[str, Iterator[_Document]]:

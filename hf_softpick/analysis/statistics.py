@@ -63,7 +63,12 @@ class ModelStatistics:
 
         def on_attention(layer: int, call: AttentionCall) -> None:
             calls[layer] += 1
-            self.attention[layer].add(attention_rows(call, documents.real), documents)
+            rows = attention_rows(call, documents.real)
+            if bool((rows.visible > documents.position[:, None] + 1).any()):
+                raise ValueError(
+                    f"{type(model).__name__} lets packed documents see each other. Give rows of one document each."
+                )
+            self.attention[layer].add(rows, documents)
 
         def on_output(layer: int, part: str, output: Tensor) -> None:
             self.outputs[layer][part].add(output, documents.real, self.rows)

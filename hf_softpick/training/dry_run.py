@@ -133,6 +133,8 @@ def _step_warnings(recipe: Recipe, steps: int) -> Iterator[str]:
         yield f"eval.every = {recipe.eval.every} is beyond the last step, {steps}: validation runs only at the end."
     if recipe.eval.generate_every > steps:
         yield f"eval.generate_every = {recipe.eval.generate_every} is beyond the last step, {steps}: only at the end."
+    if recipe.eval.statistics > steps:
+        yield f"eval.statistics = {recipe.eval.statistics} is beyond the last step, {steps}: only at both ends."
     saves = given.get("save_steps", 500)
     if given.get("save_strategy") == "no" or (given.get("save_strategy", "steps") == "steps" and saves > steps):
         yield "no checkpoint is written before the end: an interruption loses everything (training.save_steps)."

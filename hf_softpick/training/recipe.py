@@ -36,6 +36,8 @@ class EvalSettings(Section):
     """Rows of the validation split to use; unset: all."""
     generate_every: int = Field(default=0, ge=0)
     """Optimizer steps between samples of text; 0: only at the end."""
+    statistics: int = Field(default=0, ge=0)
+    """Optimizer steps between measurements of sinks, sparsity and activations; 0: never."""
     prompts: list[str] = Field(default=["The "])
     """One sample is generated for each."""
     max_new_tokens: int = Field(default=64, ge=1)

@@ -32,6 +32,7 @@ from hf_softpick.training.metrics import MetricsFile
 from hf_softpick.training.plots import plot_losses
 from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe, dump_recipe
+from hf_softpick.training.statistics import StatisticsLog
 from hf_softpick.training.trainer import SoftpickTrainer
 from hf_softpick.versions import versions
 
@@ -226,6 +227,8 @@ def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str
     trainer.add_callback(
         Samples(lambda step: write_samples(trainer, recipe, data.tokenizer, step), recipe.eval.generate_every)
     )
+    if recipe.eval.statistics:
+        trainer.add_callback(StatisticsLog(trainer, recipe.eval.statistics))
     return trainer
 
 

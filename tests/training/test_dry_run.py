@@ -179,6 +179,7 @@ def test_a_local_model_is_counted(recipe, tmp_path):
         ("eval.every=101", "validation runs only at the end"),
         ("eval.every=0", "validation runs only at the end"),
         ("eval.generate_every=101", "only at the end"),
+        ("eval.statistics=101", "only at both ends"),
         ("eval.prompts=[]", "no sample"),
         ("data.validation=0", "no validation loss"),
         ("data.isolate_documents=false", "see each other"),

@@ -1,0 +1,340 @@
+"""Streaming statistics against dense float64 maps of the same models, ours and those of transformers."""
+
+import pytest
+import torch
+from dense_statistics import activations, attention, documents, tiles
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from hf_softpick import SoftpickConfig, SoftpickForCausalLM
+from hf_softpick.analysis.statistics import ModelStatistics, measure
+from hf_softpick.modeling.attention_masks import visible_keys
+from hf_softpick.modeling.normalizers import NORMALIZERS
+
+SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+GQA = dict(num_key_value_heads=2)
+MIN_SINK = 12
+LENGTH = 70  # more than one tile of 64, no multiple of anything
+
+
+def _ours(normalizer, **extra):
+    return SoftpickForCausalLM(SoftpickConfig(**SIZES, **GQA, normalizer=normalizer, **extra))
+
+
+OTHERS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **GQA)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, **GQA)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+    "gemma2 (softcap, window)": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **GQA, head_dim=8, sliding_window=20, attn_logit_softcapping=2.0)
+    ),
+    "gemma3 (window)": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES, **GQA, head_dim=8, sliding_window=20, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    "gpt_oss (sinks, mixture of experts)": lambda: GptOssForCausalLM(
+        GptOssConfig(**SIZES, **GQA, head_dim=8, sliding_window=20, num_local_experts=2, num_experts_per_tok=1)
+    ),
+}
+
+
+def _batch(case):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 61, (2, LENGTH), generator=generator)
+    inputs = {"input_ids": ids}
+    if case == "packed":
+        cuts = [torch.cat([torch.arange(30), torch.arange(5), torch.arange(LENGTH - 35)]), torch.arange(LENGTH)]
+        inputs["position_ids"] = torch.stack(cuts)
+    elif case in ("left", "right"):
+        mask = torch.ones_like(ids)
+        mask[0, slice(0, 23) if case == "left" else slice(LENGTH - 23, None)] = 0
+        inputs["attention_mask"] = mask
+    return inputs
+
+
+def _sharpen(model, factor=40.0):
+    """Larger projections than at initialisation, so that the weights differ from each other."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("q_proj.weight", "k_proj.weight", "query_key_value.weight")):
+                parameter.mul_(factor**0.5)
+            if name.endswith(("self_attn.sinks", "attn.sinks")):
+                parameter.normal_()
+    return model
+
+
+def _dense(model, inputs):
+    """Maps and outputs of an eager forward pass, by layer, in float64."""
+    model.set_attn_implementation("eager")
+    outputs = {"attention": [], "mlp": []}
+    handles = []
+    backbone = model.base_model
+    for layer in backbone.layers:
+        attention_module = getattr(layer, "self_attn", None) or layer.attention
+
+        def keep(part):
+            return lambda module, args, out: outputs[part].append(out[0] if isinstance(out, tuple) else out)
+
+        handles += [
+            attention_module.register_forward_hook(keep("attention")),
+            layer.mlp.register_forward_hook(keep("mlp")),
+        ]
+    hidden = []
+    handles += [
+        layer.register_forward_hook(lambda m, a, o: hidden.append(o[0] if isinstance(o, tuple) else o))
+        for layer in backbone.layers
+    ]
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True, use_cache=False).attentions
+    for handle in handles:
+        handle.remove()
+    outputs = {part: [each.double() for each in values] for part, values in {"hidden": hidden, **outputs}.items()}
+    return [weights.double() for weights in maps], outputs
+
+
+def _visible(inputs, window):
+    mask = inputs.get("attention_mask")
+    keys = visible_keys(
+        LENGTH,
+        LENGTH,
+        torch.device("cpu"),
+        padding_mask=None if mask is None else mask.bool(),
+        position_ids=inputs.get("position_ids"),
+        sliding_window=window,
+    )
+    return keys.dense(LENGTH)[:, 0].expand(2, -1, -1)
+
+
+def _check(model, inputs, windows=(None, None), tolerance=1e-10):
+    statistics = measure(model, [inputs], MIN_SINK)
+    result = statistics.result()
+    mask = inputs.get("attention_mask")
+    parts = documents(inputs.get("position_ids"), mask, (2, LENGTH))
+    maps, outputs = _dense(model, inputs)
+    alphas = {"alphas": [], "alphas4": [], "alphas_top": []}
+    for layer, weights in enumerate(maps):
+        expected = attention(weights, _visible(inputs, windows[layer]), parts, MIN_SINK)
+        got = result["layers"][layer]["heads"]
+        for name in expected:
+            if name in alphas:
+                alphas[name] += [alpha for head in expected[name] for alpha in head]
+            elif name == "positions":
+                for head, positions in enumerate(expected[name]):
+                    assert got["top_position"][head] in positions
+            else:
+                assert got[name] == pytest.approx(expected[name], abs=tolerance, rel=tolerance), (layer, name)
+        for part, values in outputs.items():
+            rows = [values[layer][row][columns] for row, columns in _rows_of(parts)]
+            expected = activations(rows)
+            for name, value in expected.items():
+                assert result["layers"][layer][part][name] == pytest.approx(value, rel=10 * tolerance), (
+                    layer,
+                    part,
+                    name,
+                )
+    for kind, name in (("first", "alphas"), ("first4", "alphas4"), ("any", "alphas_top")):
+        for epsilon in (0.1, 0.2, 0.3, 0.5):
+            share = sum(alpha > epsilon for alpha in alphas[name]) / len(alphas[name])
+            assert result["sink_rate"][kind][str(epsilon)] == pytest.approx(share), (kind, epsilon)
+    assert result["data"]["sequences"] == len(parts)
+    assert result["data"]["tokens"] == sum(len(columns) for _, columns in parts)
+    assert result["nonfinite"] == []
+    return result
+
+
+def _rows_of(parts):
+    rows = {}
+    for row, columns in parts:
+        rows.setdefault(row, []).extend(columns)
+    return rows.items()
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "left", "right"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_our_normalizers(normalizer, case):
+    torch.manual_seed(0)
+    model = _sharpen(_ours(normalizer)).double().eval()
+    model.set_attn_implementation("tiled")
+    result = _check(model, _batch(case))
+    sparse = result["summary"]["sparsity"]
+    assert sparse == 0 if "softmax" == normalizer else normalizer == "scaled_softmax" or 0.2 < sparse < 0.8
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "left"])
+def test_a_window(case):
+    torch.manual_seed(0)
+    model = _sharpen(_ours("softpick", sliding_window=20)).double().eval()
+    _check(model, _batch(case), (20, 20))
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "left"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family, case):
+    torch.manual_seed(0)
+    model = _sharpen(OTHERS[family]()).eval()  # float32: their eager softmax is, and its masks overflow in float64
+    windows = (20, None) if "window" in family or "sinks" in family else (None, None)
+    for implementation in ("eager", "sdpa"):
+        if implementation == "sdpa" and not model._supports_sdpa:
+            continue
+        model.set_attn_implementation(implementation)
+        if case == "packed" and "sinks" in family:
+            with pytest.raises(ValueError, match="GptOssForCausalLM lets packed documents see each other"):
+                measure(model, [_batch(case)])
+        else:
+            _check(model, _batch(case), windows, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_other_families_with_softpick(family):
+    """The same pass through our names in the registry, which get None as mask."""
+    torch.manual_seed(0)
+    model = _sharpen(OTHERS[family]()).double().eval()
+    inputs = _batch("packed")
+    model.set_attn_implementation("softpick")
+    result = measure(model, [inputs], MIN_SINK).result()
+    maps = model(**inputs, output_attentions=True, use_cache=False).attentions
+    parts = documents(inputs["position_ids"], None, (2, LENGTH))
+    for layer, weights in enumerate(maps):
+        expected = attention(weights.detach().double(), _visible(inputs, None), parts, MIN_SINK)
+        for name in ("first_mass", "row_mass", "sparsity", "entropy", "distance"):
+            assert result["layers"][layer]["heads"][name] == pytest.approx(expected[name], abs=1e-9), name
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager", "tiled", "sdpa"])
+def test_every_implementation_gives_the_same(implementation):
+    """In float32: to rounding, whatever computes the model itself."""
+    torch.manual_seed(0)
+    model = _sharpen(_ours("softmax")).eval()
+    inputs = _batch("packed")
+    model.set_attn_implementation("eager")
+    expected = measure(model, [inputs], MIN_SINK).summary()
+    model.set_attn_implementation(implementation)
+    assert measure(model, [inputs], MIN_SINK).summary() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_tiles_without_a_positive_score():
+    """Against the scores themselves, on rows where whole tiles are negative."""
+    from hf_softpick.analysis.attention_rows import AttentionCall, attention_rows
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.rand(2, 4, 200, 8, generator=generator, dtype=torch.float64) - 0.15
+    key = -torch.rand(2, 2, 200, 8, generator=generator, dtype=torch.float64)
+    key[:, :, 130:190] *= -1
+    position = torch.stack([torch.arange(200), torch.cat([torch.arange(90), torch.arange(110)])])
+    visible = visible_keys(200, 200, query.device, position_ids=position)
+    see = visible.dense(200)[:, 0].expand(2, -1, -1)
+    scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2)
+    for normalizer in ("softpick", "softmax", "rectified_softmax"):
+        for shown in (visible, visible.dense(200)):
+            rows = attention_rows(AttentionCall(query, key, shown, 0.3, normalizer))
+            for index, size in enumerate((64, 128)):
+                for head in range(4):
+                    found = [tiles(scores[row, head], see[row], size) for row in range(2)]
+                    assert rows.tiles[index, head] == sum(total for total, _ in found)
+                    assert rows.empty_tiles[index, head] == sum(empty for _, empty in found) > 0
+
+
+def test_batches_merge_into_the_whole():
+    """Two batches, two ranks, one batch of both: the same."""
+    torch.manual_seed(0)
+    model = _sharpen(_ours("softpick")).double().eval()
+    inputs = _batch("packed")
+    rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
+    whole = measure(model, [inputs], MIN_SINK)
+    apart = measure(model, rows, MIN_SINK)
+    first, second = (measure(model, [row], MIN_SINK) for row in rows)
+    first.merge(second)
+    for other in (apart, first):
+        assert other.summary() == pytest.approx(whole.summary(), rel=1e-9)
+        assert other.sink_rates() == whole.sink_rates()
+    places = [statistics.result()["layers"][1]["hidden"]["largest"] for statistics in (whole, apart)]
+    for name in ("row", "position", "channel"):
+        assert places[0][name] == places[1][name]
+
+
+def test_nan_is_named_by_layer_and_never_averaged_away():
+    model = _ours("softpick").eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = float("nan")
+    statistics = measure(model, [_batch("plain")], MIN_SINK)
+    assert {place["layer"] for place in statistics.nonfinite()} == {1}
+    assert [place["where"] for place in statistics.nonfinite()] == ["mlp", "hidden"]
+    summary = statistics.summary()
+    assert summary["kurtosis"] != summary["kurtosis"] and summary["hidden_max"] != summary["hidden_max"]
+    assert summary["sink_rate"] == summary["sink_rate"]  # attention saw none of it
+
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0, 0] = float("inf")
+    summary = measure(model, [_batch("plain")], MIN_SINK).summary()
+    for name in ("sink_rate", "sparsity", "row_mass", "entropy"):
+        assert summary[name] != summary[name], name
+
+
+def test_nothing_is_left_behind():
+    """Hooks and wrappers go away, also when the forward pass fails; mode and outputs are as before."""
+    from transformers import AttentionInterface
+
+    from hf_softpick.modeling import modeling_softpick
+
+    model = _ours("softpick").train()
+    inputs = _batch("plain")
+    before = AttentionInterface.get_interface, modeling_softpick.run_attention
+    measure(model, [inputs])
+    with pytest.raises(IndexError):
+        measure(model, [{"input_ids": torch.full((1, 4), 10**6)}])
+    assert (AttentionInterface.get_interface, modeling_softpick.run_attention) == before
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_cannot_be_measured_is_refused_by_name():
+    model = _ours("softpick")
+    packed_and_padded = {**_batch("left"), "position_ids": torch.arange(LENGTH).expand(2, -1) % 30}
+    with pytest.raises(ValueError, match="several documents"):
+        measure(model, [packed_and_padded])
+    with pytest.raises(ValueError, match="no token"):
+        measure(model, [])
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="no list of layers"):
+        measure(mamba, [_batch("plain")])
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(ValueError, match="BloomForCausalLM.*attention interface"):
+        measure(bloom, [_batch("plain")])
+
+
+def test_the_hub_copy_of_the_code_is_seen(tmp_path):
+    """A checkpoint loaded with trust_remote_code has classes and an attention of its own."""
+    from transformers import AutoModelForCausalLM
+
+    model = _ours("softpick").eval()
+    model.save_pretrained(tmp_path)
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    copy = get_class_from_dynamic_module("modeling_softpick.SoftpickForCausalLM", str(tmp_path))
+    assert copy is not SoftpickForCausalLM and AutoModelForCausalLM is not None
+    remote = copy.from_pretrained(tmp_path).eval()
+    inputs = _batch("packed")
+    assert measure(remote, [inputs]).summary() == measure(model, [inputs]).summary()
+
+
+def test_layers_must_stay():
+    statistics = ModelStatistics(3)
+    with pytest.raises(ValueError, match="2 layers, expected 3"):
+        statistics.add(_ours("softpick"), _batch("plain"))
