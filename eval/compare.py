@@ -4,7 +4,8 @@
 
 Writes DIR/comparison.html (one file, no network), comparison.md and comparison.json from what the runs recorded and
 from the results in their report folders. What is missing is named with the command that measures it; --measure does
-it first. Exit codes: 0 done, 2 command line, 3 data, 4 no model, 6 storage.
+it first; if that fails, the report says so and the exit code is the measurement's. Exit codes: 0 done, 2 command line,
+3 data, 4 no model, 6 storage.
 """
 
 import argparse
@@ -91,9 +92,11 @@ def compare(options: argparse.Namespace) -> int:
     if results is not None and not results.is_dir():
         raise RecipeError(f"--results {results} is not a folder")
     gather(options.runs, results)  # wrong folders are named before anything long begins
-    for kind in options.measure:
-        measure(kind, options)
+    failed = [(kind, *failure) for kind in options.measure for failure in measure(kind, options)]
     comparison = gather(options.runs, results)
+    comparison["warnings"] += [
+        f"{kind} of {run} could not be measured: exit code {code}." for kind, run, code in failed
+    ]
     if not options.no_maps:
         add_maps(comparison, options)
     comparison["claims"] = judge(comparison)
@@ -105,11 +108,16 @@ def compare(options: argparse.Namespace) -> int:
     for text in comparison["warnings"]:
         print(f"note: {text}", file=sys.stderr)
     print(f"report in {out / 'comparison.html'}")
-    return 0
+    return failed[0][2] if failed else 0
 
 
-def measure(kind: str, options: argparse.Namespace) -> None:
-    """Run the script of `kind` on all runs, each in turn, so that one model is in memory at a time."""
+def measure(kind: str, options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Run the script of `kind` on all runs, each in turn, so that one model is in memory at a time.
+
+    Returns:
+        (run, exit code) of those that failed; the script has said why.
+    """
+    failed = []
     command = [sys.executable, str(Path(__file__).with_name(SCRIPTS[kind]))]
     extra = [*(["--device", options.device] if options.device else [])]
     extra += ["--trust-remote-code"] if options.trust_remote_code else []
@@ -121,9 +129,8 @@ def measure(kind: str, options: argparse.Namespace) -> None:
             out = ["--out", str(Path(options.results, locate(run)[2]))]
         code = subprocess.run([*command, run, *extra, *out]).returncode
         if code:
-            error = UserError(f"{kind} of {run} was not measured: {SCRIPTS[kind]} ended with exit code {code}")
-            error.exit_code = code
-            raise error
+            failed.append((run, code))
+    return failed
 
 
 def add_maps(comparison: dict, options: argparse.Namespace) -> None:

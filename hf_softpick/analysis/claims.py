@@ -227,6 +227,9 @@ def _sparse(sides: Sides) -> dict[str, Any]:
     if share is None:
         return {**row, "detail": "The share is not a number."}
     detail = f"{share:.2%} of the visible weights are exactly 0."
+    small = [(r["label"], finite(lookup(r["statistics"], "summary.sparsity_small"))) for r in sides[:2] if r]
+    if small := [f"{label} {value:.2%}" for label, value in small if value is not None]:
+        detail += f" By the paper's measure, up to 1e-5: {', '.join(small)}."
     verdict = REPRODUCED if share >= SPARSE_FROM else NOT_REPRODUCED
     return {**row, "verdict": verdict, "sample": _sample(run), "detail": detail}
 

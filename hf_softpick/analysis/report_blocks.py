@@ -70,7 +70,9 @@ def loss(value: Any) -> str:
 def increase(value: Any) -> str:
     """A difference of losses in nats, with its sign."""
     value = number(value)
-    return f"{value:+.4f}" if value is not None and math.isfinite(value) else brief(value)
+    if value is None or not math.isfinite(value):
+        return brief(value)
+    return f"{value:+.4f}" if round(value, 4) else "0.0000"
 
 
 def plain_number(value: Any) -> str:
@@ -96,14 +98,16 @@ def visible(token: str) -> str:
     return shown if len(shown) <= 12 else shown[:11] + "\u2026"
 
 
-def ranked(label: str, values: Sequence[Any], better: str | None, show: Callable[[Any], str]) -> list[str | Cell]:
-    """A row with the best value marked: better is "lower", "higher" or None; a tie marks nobody."""
+def ranked(
+    label: str, values: Sequence[Any], better: str | None, show: Callable[[Any], str], margin: float = 0.0
+) -> list[str | Cell]:
+    """A row with the best value marked: better is "lower", "higher" or None; a lead up to `margin` marks nobody."""
     numbers = [finite(value) for value in values]
     known = sorted(n for n in numbers if n is not None)
     best = None
     if better and len(known) > 1:
         ordered = known if better == "lower" else known[::-1]
-        best = ordered[0] if ordered[0] != ordered[1] else None
+        best = ordered[0] if abs(ordered[0] - ordered[1]) > margin else None
     return [label, *(Cell(show(v), n is not None and n == best) for v, n in zip(values, numbers, strict=True))]
 
 

@@ -63,12 +63,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 times them where there are few, inside [low, high]; all positive."""
+    """Powers of ten inside [low, high], with 2 and 5 times them where there are few; other round numbers if narrow."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     multiples = (1,) if len(powers) > 4 else (1, 2, 5)
     found = [m * 10.0**p for p in powers for m in multiples]
     found = [t for t in found if low * 0.999 <= t <= high * 1.001]
-    return found[:: math.ceil(len(found) / 7)] if found else [low, high]
+    if len(found) < 3:
+        return [t for t in ticks(low, high, 4) if t > 0] or [low, high]
+    return found[:: math.ceil(len(found) / 7)]
 
 
 def line_chart(

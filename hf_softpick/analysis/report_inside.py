@@ -118,7 +118,7 @@ def maps(comparison: dict[str, Any]) -> Iterator[Table | Figure | Text]:
                 "key token",
                 row_names=names,
                 column_names=names,
-                cell=max(9, min(18, 330 // len(names))),  # two side by side on a desk, one on a phone
+                cell=max(11, min(18, 330 // len(names))),  # two side by side on a desk, one on a phone
                 root=True,
                 bars=[number(mass) for mass in item["row_mass"]],
             )

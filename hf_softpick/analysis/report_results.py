@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hf_softpick.analysis.claims import measured_formats
+from hf_softpick.analysis.claims import QUANTIZATION_TIE, measured_formats
 from hf_softpick.analysis.comparison import recipe_differences
 from hf_softpick.analysis.report_blocks import (
     Cell,
@@ -130,19 +130,19 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     chart = line_chart(title, lines, "format", "loss increase (nats)", x_names=names, from_zero=True, dots=True)
     if chart:
         yield Figure(f"{title}.", [("", chart)], runs=True)
-    rank = "lower" if rankable("quantization", runs) else None
+    rank, tie = "lower" if rankable("quantization", runs) else None, QUANTIZATION_TIE
     rows: list[Sequence[str | Cell]] = [
-        ranked("unquantized: loss", [lookup(r["quantization"], "baseline.loss") for r in runs], rank, loss)
+        ranked("unquantized: loss", [lookup(r["quantization"], "baseline.loss") for r in runs], rank, loss, tie)
     ]
     for name in order:
-        rows.append(
-            ranked(f"{name}: loss increase", [f.get(name, {}).get("loss_increase") for f in measured], rank, increase)
-        )
+        values = [f.get(name, {}).get("loss_increase") for f in measured]
+        rows.append(ranked(f"{name}: loss increase", values, rank, increase, tie))
     for name in order:
-        rows.append(ranked(f"{name}: loss", [f.get(name, {}).get("loss") for f in measured], rank, loss))
+        rows.append(ranked(f"{name}: loss", [f.get(name, {}).get("loss") for f in measured], rank, loss, tie))
     for name, reasons in _unmeasured_formats(runs).items():
         rows.append([name, *reasons])
-    yield Table("Loss in nats per token", ["", *(run["label"] for run in runs)], rows)
+    caption = f"Loss in nats per token; a side is marked if it leads by more than {tie}"
+    yield Table(caption, ["", *(run["label"] for run in runs)], rows)
 
 
 def _unmeasured_formats(runs: list[dict[str, Any]]) -> dict[str, list[str]]:

@@ -33,8 +33,8 @@ tbody th.indent { padding-left: 1em; }
 td.better { font-weight: 700; }
 td.better::after { content: " \\25C2"; color: var(--good); }
 .claims { font-size: .9rem; }
-.claims tbody th { font-weight: 600; color: var(--text); min-width: 8rem; }
-.claims td.wide { min-width: 13rem; } .claims thead th { white-space: normal; }
+.claims tbody th { font-weight: 600; color: var(--text); min-width: 7rem; }
+.claims td.wide { min-width: 9.5rem; } .claims thead th { white-space: normal; }
 .verdict { font-weight: 700; white-space: nowrap; }
 .reproduced { color: var(--good); } .not-reproduced { color: var(--bad); } .not-measured { color: var(--soft); }
 .reproduced::before { content: "\\2713\\00a0"; } .not-reproduced::before { content: "\\2717\\00a0"; }

@@ -27,6 +27,7 @@ def test_the_paper_is_reproduced_by_its_own_figures(tmp_path):
     assert rows[MAXIMUM]["figures"]["softmax-a"]["maximum"] == 240.0
     # 36 sequences, 4 layers, 6 heads
     assert rows[SINK]["sample"] == "864 maps, 36 sequences" and "0.12%" in rows[SINK]["detail"]
+    assert "By the paper's measure, up to 1e-5: softpick-a 47.00%, softmax-a 0.00%" in rows[SPARSE]["detail"]
     assert all(row["rule"] and row["paper"] and row["detail"] for row in rows)
 
 

@@ -61,11 +61,13 @@ def main(monkeypatch):
 @pytest.mark.slow
 def test_measuring_first(runs, tmp_path, monkeypatch, main):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    arguments = ("--measure", "statistics", "--results", tmp_path, "--out", tmp_path / "report", "--no-maps")
-    assert main(*runs, *arguments) == 0
+    arguments = ("--measure", "statistics,passkey", "--results", tmp_path, "--out", tmp_path / "report", "--no-maps")
+    # Rows of 64 tokens have no room for a passkey prompt.
+    assert main(*runs, *arguments) == 2
     report = json.loads((tmp_path / "report/comparison.json").read_text())
     verdicts = {row["claim"]: row["verdict"] for row in report["claims"]}
-    assert verdicts["Sparse attention maps"] == "reproduced" and report["warnings"] == []
+    assert verdicts["Sparse attention maps"] == "reproduced" and len(report["warnings"]) == 2
+    assert "passkey of" in report["warnings"][0] and "exit code 2" in report["warnings"][0]
     page = (tmp_path / "report/comparison.html").read_text()
     assert "Sink rate of softpick by layer and head" in page and "Largest hidden value" in page
     softmax, softpick = (json.loads((tmp_path / run.name / "statistics.json").read_text()) for run in runs)

@@ -219,10 +219,11 @@ def test_ticks_are_round_and_inside(low, high):
     assert 1 <= len(found) <= 8 and all(low - 1e-12 <= t <= high + 1e-12 for t in found)
 
 
-@pytest.mark.parametrize("low, high", [(1, 10), (0.3, 40000), (3.0, 3.1), (1e-12, 1e12)])
+@pytest.mark.parametrize("low, high", [(1, 10), (0.3, 40000), (3.0, 3.1), (2.936, 4.823), (1e-12, 1e12)])
 def test_log_ticks_are_positive_and_few(low, high):
     found = log_ticks(low, high)
-    assert 1 <= len(found) <= 8 and all(0 < t and low * 0.99 <= t <= high * 1.01 for t in found)
+    assert 2 <= len(found) <= 8 and all(0 < t and low * 0.99 <= t <= high * 1.01 for t in found)
+    assert all(len(f"{t:g}") <= 6 for t in found)  # round
 
 
 def test_charts_leave_out_what_cannot_be_drawn():
