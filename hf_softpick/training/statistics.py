@@ -45,10 +45,12 @@ class StatisticsLog(TrainerCallback):
 
     def _log(self) -> None:
         start = time.perf_counter()
+        due = self.trainer.control.should_log  # logging here would take the place of the step's own line
         with self.trainer.clock.paused():
             statistics = self.measure()
             summary = {f"{PREFIX}{name}": value for name, value in statistics.summary().items()}
             self.trainer.log({**summary, f"{PREFIX}seconds": time.perf_counter() - start})
+        self.trainer.control.should_log = due
         broken = statistics.nonfinite()
         if broken and self.trainer.is_world_process_zero():
             logger.warning("NaN or Inf inside the model, first in layer %(layer)d %(where)s", broken[0])

@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent
 # Half the rows in each of two processes: the same global batch as one process. Two micro-batches each.
 HALF = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
-STEPS = ["eval.every=5", "training.save_total_limit=4"]
+STEPS = ["eval.every=5", "training.save_total_limit=4", "eval.statistics=3"]
 
 
 def _accelerate(config, *arguments):
@@ -88,6 +88,35 @@ def test_ddp_equals_one_process(folder, alone):
     launch = json.loads((run / "environment.json").read_text())["launches"][0]
     assert (launch["strategy"], launch["processes"]) == ("ddp", 2)
     assert done.stdout.count("Run folder:") == 1
+    _check_statistics(run, 2)
+
+
+def _check_statistics(run, ranks):
+    """The last statistics are those of the saved model over the first row of every rank."""
+    from transformers import AutoModelForCausalLM
+
+    from hf_softpick.analysis.statistics import measure
+    from hf_softpick.data.preparing import prepare_data
+    from hf_softpick.training.recipe import load_recipe
+
+    recipe = load_recipe(run / "recipe.yaml")
+    rows = prepare_data(recipe.data, recipe.tokenizer, progress=False).validation
+    model = AutoModelForCausalLM.from_pretrained(run / "final").eval()
+    columns = ("input_ids", "position_ids")
+    batches = [
+        {name: torch.as_tensor(rows[row][name])[: rows[row]["num_tokens"]][None].long() for name in columns}
+        for row in range(ranks)
+    ]
+    expected = measure(model, batches).summary()
+    logged = [record for record in records(run) if "stats_kurtosis" in record]
+    assert [record["step"] for record in logged] == [0, 3, 5]
+    for name in ("sink_rate", "sparsity", "row_mass", "entropy", "kurtosis", "hidden_max"):
+        assert logged[-1][f"stats_{name}"] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_statistics_of_one_process(alone):
+    """One row, where two ranks look at two."""
+    _check_statistics(alone, 1)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +131,7 @@ def zero3(folder):
 def test_zero3_equals_one_process(zero3, alone):
     """Weights are drawn sharded, and still are those of one process."""
     _check_equal(zero3, alone)
+    _check_statistics(zero3, 2)
     launch = json.loads((zero3 / "environment.json").read_text())["launches"][0]
     assert (launch["strategy"], launch["processes"]) == ("zero3", 2)
 
