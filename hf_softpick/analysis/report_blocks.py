@@ -81,12 +81,14 @@ def plain_number(value: Any) -> str:
 
 
 def value_text(value: Any) -> str:
+    """A value of a recipe or of a model, for a table."""
     if value is None:
         return "\u2013"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def words(value: Any) -> str:
+    """A small record as text: "length 64, reason ..."."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value)
@@ -112,6 +114,7 @@ def ranked(
 
 
 def missing(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
+    """Which runs have no such result, and the command that measures it."""
     without = [run for run in runs if run[kind] is None]
     if without:
         names = ", ".join(run["label"] for run in without)
@@ -129,4 +132,5 @@ def flags(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
 
 
 def rankable(kind: str, runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether results of one kind may be held against each other."""
     return not any(kind in run["stale"] for run in runs) and mismatch(kind, runs) is None

@@ -93,6 +93,7 @@ def test_sparse_needs_no_baseline(tmp_path, share, verdict):
         ),
         ({"int8": 0.0004, "int4": 0.3}, {"int8": 0.0009, "int4": 0.1}, "reproduced", "no difference in int8"),
         ({"int8": 0.0004}, {"int8": -0.0001}, "not measured", "Nothing to tell them apart"),
+        ({"int8": 0.0009}, {"int8": -0.0021}, "not measured", "Nothing to tell them apart"),
         ({"int4": 0.2}, {"int2": 0.1}, "not measured", "no format was measured in both"),
         ({"int2": "nan"}, {"int2": 2.0}, "reproduced", "less in int2"),
         ({"int2": 2.0}, {"int2": "nan"}, "not reproduced", "more in int2"),
