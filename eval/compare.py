@@ -94,9 +94,7 @@ def compare(options: argparse.Namespace) -> int:
     gather(options.runs, results)  # wrong folders are named before anything long begins
     failed = [(kind, *failure) for kind in options.measure for failure in measure(kind, options)]
     comparison = gather(options.runs, results)
-    comparison["warnings"] += [
-        f"{kind} of {run} could not be measured: exit code {code}." for kind, run, code in failed
-    ]
+    comparison["warnings"] += [f"Measuring {kind} of {run} ended with exit code {code}." for kind, run, code in failed]
     if not options.no_maps:
         add_maps(comparison, options)
     comparison["claims"] = judge(comparison)

@@ -42,7 +42,7 @@ NOT_TRAINING_PREFIXES = (
 CONDITIONS = {
     "statistics": (
         *(f"data.{n}" for n in ("description", "seq_len", "row_length", "sequences", "tokens")),
-        "thresholds",
+        *("data.sink_sequences", "data.min_sink_tokens", "thresholds"),
     ),
     "quantization": ("data.description", "data.tokens", "baseline.dtype"),
     "passkey": ("lengths", "depths", "samples", "seed", "choice_chance"),

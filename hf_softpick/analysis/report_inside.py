@@ -128,7 +128,7 @@ def maps(comparison: dict[str, Any]) -> Iterator[Table | Figure | Text]:
             mean_mass = sum(number(m) for m in item["row_mass"]) / len(item["row_mass"])
             where = f"{run['label']}, layer {item['layer']}, head {item['head']}"
             rows.append([where, item["why"], plain_number(item["first_mass"]), plain_number(mean_mass), percent(zero)])
-        cut = " (cut)" if maps["cut"] else ""
+        cut = ", where the text is cut" if maps["cut"] else ""
         yield Figure(
             f"{run['label']}: weights on {len(maps['tokens'])} tokens{cut}; heads chosen by {maps['chosen_by']}.",
             drawings,

@@ -31,7 +31,7 @@ thead th { border-bottom: 2px solid var(--line); white-space: nowrap; }
 tbody th { font-weight: 400; color: var(--soft); min-width: 7.5rem; }
 tbody th.indent { padding-left: 1em; }
 td.better { font-weight: 700; }
-td.better::after { content: " \\25C2"; color: var(--good); }
+td.better::after { content: "\\00a0\\25C2"; color: var(--good); }
 .claims { font-size: .9rem; }
 .claims tbody th { font-weight: 600; color: var(--text); min-width: 7rem; }
 .claims td.wide { min-width: 9.5rem; } .claims thead th { white-space: normal; }

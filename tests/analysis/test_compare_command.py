@@ -67,7 +67,7 @@ def test_measuring_first(runs, tmp_path, monkeypatch, main):
     report = json.loads((tmp_path / "report/comparison.json").read_text())
     verdicts = {row["claim"]: row["verdict"] for row in report["claims"]}
     assert verdicts["Sparse attention maps"] == "reproduced" and len(report["warnings"]) == 2
-    assert "passkey of" in report["warnings"][0] and "exit code 2" in report["warnings"][0]
+    assert "Measuring passkey of" in report["warnings"][0] and "exit code 2" in report["warnings"][0]
     page = (tmp_path / "report/comparison.html").read_text()
     assert "Sink rate of softpick by layer and head" in page and "Largest hidden value" in page
     softmax, softpick = (json.loads((tmp_path / run.name / "statistics.json").read_text()) for run in runs)
