@@ -1,18 +1,22 @@
-# make train: a first model on this machine.   make test: everything that must hold.   Both make .venv first.
+# make train: a first model on this machine.   make compare: softmax beside softpick.   make test: everything that must
+# hold.   All make .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RECIPE ?= recipes/softpick_tiny.yaml
+PAIR ?= softmax_tiny softpick_tiny
+REPORT ?= runs/comparison
 WORKERS ?= 2
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format clean
+.PHONY: help install train compare test lint format clean
 
 help:
 	@echo "make train    train $(RECIPE) on this machine (at most 5 minutes on 2 cores)"
-	@echo "make test     style and tests (at most 10 minutes on 2 cores)"
+	@echo "make compare  train softmax_tiny and softpick_tiny, measure both, write $(REPORT)/comparison.html (at most 25 minutes)"
+	@echo "make test     style and tests (at most 15 minutes on 2 cores)"
 	@echo "make lint     style alone;  make format mends it"
 	@echo "make clean    remove caches and builds, keep .venv and runs"
 
@@ -30,6 +34,12 @@ install: $(STAMP)
 # accelerate gives a process one thread unless it is told otherwise; without a GPU that would waste the other cores.
 train: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml -m hf_softpick.train $(RECIPE) $(ARGS)
+
+# A run that is finished is not trained again, and what is measured anew is written over.
+compare: $(STAMP)
+	for name in $(PAIR); do $(MAKE) --no-print-directory train RECIPE=recipes/$$name.yaml || exit; done
+	$(BIN)/python eval/downstream.py $(PAIR:%=runs/%) --tasks offline_heldout,offline_cloze,offline_code
+	$(BIN)/python eval/compare.py $(PAIR:%=runs/%) --measure statistics,quantization,passkey --out $(REPORT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

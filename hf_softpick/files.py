@@ -1,5 +1,6 @@
 """What whole-or-absent files and strict JSON need, wherever they are written."""
 
+import contextlib
 import json
 import math
 import os
@@ -50,7 +51,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(plain(value), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"{path} cannot be written: {error.strerror}. Make room, or choose another folder."
         ) from None
