@@ -59,17 +59,14 @@ def measure_model(options: argparse.Namespace, source: str) -> dict[str, Any]:
     """statistics.json of one model, as plain values."""
     from tqdm import tqdm
 
-    from hf_softpick import SoftpickConfig
     from hf_softpick.analysis.loading import describe
-    from hf_softpick.analysis.samples import batches, one_document_a_row
+    from hf_softpick.analysis.samples import batches
     from hf_softpick.analysis.statistics import measure
     from hf_softpick.errors import CheckpointError
     from hf_softpick.versions import versions
 
     loaded = load(options, source)
     samples = samples_for(options, loaded)
-    if not isinstance(loaded.model.config, SoftpickConfig):
-        samples = one_document_a_row(samples)  # not every architecture keeps packed documents apart
     start = time.perf_counter()
     # Rows of one length go together, so their order is that of the batches.
     inputs = list(batches(samples, options.batch_size))

@@ -93,7 +93,7 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         RecipeError: --data names a recipe that is wrong.
         DataError: nothing can be read.
     """
-    from hf_softpick.analysis.samples import load_samples
+    from hf_softpick.analysis.samples import load_samples, one_document_a_row
 
     data, tokenizer_settings, seq_len = options.data, None, options.seq_len
     if data is None and loaded.run is not None:
@@ -106,7 +106,7 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         recipe = load_recipe(data)
         data, tokenizer_settings, seq_len = recipe.data, recipe.tokenizer, seq_len or recipe.data.seq_len
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    return load_samples(
+    samples = load_samples(
         data,
         loaded.tokenizer,
         add_bos=loaded.add_bos,
@@ -119,6 +119,8 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         calibration=calibration,
         progress=sys.stderr.isatty(),
     )
+    ours = loaded.model.config.model_type == "softpick"
+    return samples if ours else one_document_a_row(samples)  # not every architecture keeps packed documents apart
 
 
 def report_folder(options: argparse.Namespace, model: str) -> Path:

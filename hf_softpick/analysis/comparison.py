@@ -192,5 +192,5 @@ def _run_warnings(runs: list[dict[str, Any]]) -> list[str]:
             found.append(f"{run['label']}: {run['curves']['nonfinite']} log lines have a loss that is not finite.")
         bad = sum(item.get("count", 0) for item in (run["statistics"] or {}).get("nonfinite", []))
         if bad:
-            found.append(f"{run['label']}: {bad:,} hidden values are not finite; they are left out of its statistics.")
+            found.append(f"{run['label']}: {bad:,} values inside it are not finite; figures there are not numbers.")
     return found

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "stats_"
 SHARE = 8
-"""A measurement reads at most 1 / SHARE of the tokens of a step: every 100 steps it then takes below 0.1% of the time."""
+"""A measurement reads at most 1 / SHARE of the tokens of a step, so that every 100 steps it takes about 0.1% of the
+time."""
 LEAST_TOKENS = 64
 
 

@@ -12,7 +12,7 @@ from byte_models import BOS, byte_tokenizer
 from training_runs import write_recipe
 from transformers import PreTrainedTokenizerFast
 
-from hf_softpick.analysis.samples import batches, load_samples
+from hf_softpick.analysis.samples import Samples, batches, load_samples, one_document_a_row
 from hf_softpick.data.preparing import prepare_data
 from hf_softpick.errors import DataError, RecipeError
 from hf_softpick.training.recipe import load_recipe
@@ -233,3 +233,12 @@ def test_results_go_to_the_run_or_where_told(tmp_path):
     assert common.report_folder(options, run) == Path("there")
     _, options = _options("second", "--out", "there")
     assert common.report_folder(options, run) == Path("there", "run")
+
+
+def test_one_document_a_row():
+    """For architectures that do not keep packed documents apart."""
+    ids, position_ids = torch.arange(9), torch.tensor([0, 1, 2, 0, 0, 1, 2, 3, 4])
+    apart = one_document_a_row(Samples("text", [{"input_ids": ids, "position_ids": position_ids}]))
+    assert apart.description == "text"
+    assert [row["input_ids"].tolist() for row in apart.rows] == [[0, 1, 2], [3], [4, 5, 6, 7, 8]]
+    assert [row["position_ids"].tolist() for row in apart.rows] == [[0, 1, 2], [0], [0, 1, 2, 3, 4]]
