@@ -41,11 +41,59 @@ def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         first,
         colour_bar("sink rate", percent=True),
     )
+    weight = [
+        (run["label"], _layer_map(run, "first_mass", f"Mean weight of the first token, {run['label']}"))
+        for run in measured
+    ]
+    yield Figure(
+        "Mean weight that a head gives the first token, what the sink rate holds against 0.3.",
+        weight,
+        colour_bar("mean weight"),
+    )
     yield Figure(
         "Row mass: mean sum of a row of weights. Softmax always has 1; softpick may give less, down to 0.",
         mass,
         colour_bar("row mass"),
     )
+    yield from _while_training(
+        runs, [("Sink rate", "sink_rate", False), ("Mean weight of the first token", "first_mass", False)]
+    )
+
+
+def _while_training(
+    runs: list[dict[str, Any]], charts: Sequence[tuple[str, str | None, bool]]
+) -> Iterator[Table | Figure | Text]:
+    """Charts (heading, name, logarithmic) of what was logged while the models trained, if it was."""
+    drawings = []
+    for heading, name, log in charts:
+        lines = [Series(run["label"], i, _logged(run, name)) for i, run in enumerate(runs)]
+        lines = [line for line in lines if line.points]
+        if lines:
+            drawings.append(
+                (
+                    heading,
+                    line_chart(
+                        f"{heading} while training",
+                        lines,
+                        "step",
+                        heading.lower(),
+                        log,
+                        from_zero=not log,
+                        dots=True,
+                    ),
+                )
+            )
+    if drawings:
+        yield Figure("While training, on the same few rows each time (stats_* in metrics.jsonl).", drawings, runs=True)
+
+
+def _logged(run: dict[str, Any], name: str | None) -> list[tuple[float, float]]:
+    """Points of one quantity; None is the largest absolute hidden value."""
+    logged = (run["curves"] or {}).get("statistics") or {}
+    if name is not None:
+        return [tuple(point) for point in logged.get(name, [])]
+    low = {step: abs(value) for step, value in logged.get("hidden_min", [])}
+    return [(step, max(abs(value), low.get(step, 0.0))) for step, value in logged.get("hidden_max", [])]
 
 
 SINK_ROWS = (
@@ -192,6 +240,7 @@ def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         ],
         runs=True,
     )
+    yield from _while_training(runs, [("Largest absolute value", None, True), ("Kurtosis", "kurtosis", True)])
     rows = []
     for run in runs:
         layers = (run["statistics"] or {}).get("layers", [])

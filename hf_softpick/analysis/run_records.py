@@ -21,6 +21,8 @@ COMMANDS = {
 
 
 MAX_POINTS = 400
+# Of what `eval.statistics` logs while a model trains, as stats_NAME.
+WHILE_TRAINING = ("sink_rate", "first_mass", "kurtosis", "hidden_max", "hidden_min")
 
 
 def number(value: Any) -> float | None:
@@ -141,7 +143,8 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         train, eval: [[step, loss in nats], ...]; last_train_loss: mean over the last tenth of the logged steps, with
         its log lines and standard deviation; tokens_per_second: median and 20th and 80th percentile over log lines,
-        without the first, which holds the warm-up; memory_gib: the peak; nonfinite: log lines without a finite loss.
+        without the first, which holds the warm-up; memory_gib: the peak; nonfinite: log lines without a finite loss;
+        statistics: {name: [[step, value], ...]} of WHILE_TRAINING, finite values alone.
     """
     lines = {key: {r["step"]: number(r[key]) for r in records if key in r} for key in ("loss", "eval_loss")}
     train, evaluated = (
@@ -168,6 +171,10 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second_80": speed[math.ceil(0.8 * (len(speed) - 1))] if speed else None,
         "memory_gib": max(memory, default=None),
         "nonfinite": sum(finite(loss) is None for loss in lines["loss"].values()),
+        "statistics": {
+            name: _thin([[r["step"], v] for r in records if (v := finite(r.get(f"stats_{name}"))) is not None])
+            for name in WHILE_TRAINING
+        },
     }
 
 

@@ -46,6 +46,14 @@ def write_run(root: Path, name: str, normalizer: str, loss: float = 3.0, **chang
             file.write(json.dumps({**record, "tokens_seen": 2048 * step}) + "\n")
             if step % 200 == 0:
                 file.write(json.dumps({"step": step, "eval_loss": value + 0.1, "eval_tokens": 8125}) + "\n")
+                logged = {
+                    "sink_rate": 0.0,
+                    "first_mass": 0.02,
+                    "kurtosis": "nan",
+                    "hidden_max": 8.0,
+                    "hidden_min": -9.5,
+                }
+                file.write(json.dumps({"step": step, **{f"stats_{k}": v for k, v in logged.items()}}) + "\n")
     return folder
 
 

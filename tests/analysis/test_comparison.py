@@ -169,3 +169,14 @@ def test_wrong_arguments_are_named(tmp_path):
     (run / "report/passkey.json").write_text("[]")
     with pytest.raises(DataError, match="holds a list"):
         gather_run(run)
+
+
+def test_statistics_logged_while_training_are_kept():
+    records = [
+        {"step": 0, "stats_sink_rate": 0.0, "stats_kurtosis": "nan", "stats_hidden_max": 2.0},
+        {"step": 50, "loss": 3.0},
+        {"step": 50, "stats_sink_rate": 0.25, "stats_kurtosis": 4.0, "stats_hidden_max": 5.0},
+    ]
+    found = curves(records)["statistics"]
+    assert found["sink_rate"] == [[0, 0.0], [50, 0.25]] and found["kurtosis"] == [[50, 4.0]]
+    assert found["first_mass"] == []

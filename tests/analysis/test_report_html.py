@@ -204,7 +204,7 @@ def test_many_runs_and_values_that_are_not_finite(tmp_path):
     assert "nan" in " ".join(page.texts) and len(page.named("table")) > 3
     assert any(a.get("class") == "bad" for a in page.named("rect"))
     assert all("nan" not in a.get("d", "") for a in page.named("path"))
-    assert any("2 hidden values are not finite" in warning for warning in found["warnings"])
+    assert any("2 values inside it are not finite" in warning for warning in found["warnings"])
 
 
 def test_numbers_for_a_reader():
@@ -235,3 +235,12 @@ def test_charts_leave_out_what_cannot_be_drawn():
     assert (
         shades[0] == "0" and 0.1 < float(shades[1]) < 0.2 and shades[2] == "1"
     )  # an exact 0 is told from a small one
+
+
+def test_what_was_logged_while_training_is_drawn(comparison):
+    page = render_html(comparison)
+    for heading in ("Sink rate", "Mean weight of the first token", "Largest absolute value"):
+        assert f"{heading} while training" in page
+    assert "Kurtosis while training" not in page  # not a number in every record of these runs
+    charts = [svg for svg in page.split("<svg")[1:] if "Largest absolute value while training" in svg]
+    assert "step 200: 9.5" in charts[0]  # the smallest value is the largest in size

@@ -194,7 +194,8 @@ def _options(*arguments):
 
 def _loaded(tokenizer, run=None, longest=256):
     config = SimpleNamespace(max_position_embeddings=longest)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    whole = SimpleNamespace(get_text_config=lambda: config, model_type="softpick")
+    model = SimpleNamespace(config=whole)
     return SimpleNamespace(model=model, tokenizer=tokenizer, run=run, add_bos=True)
 
 
