@@ -32,7 +32,9 @@ EXTRAS = {
     # Softmax baselines only; compiles for long.
     "flash": ["flash-attn>=2.8"],
     "eval": ["lm_eval>=0.4.9"],
-    "quantization": ["bitsandbytes>=0.49", "optimum-quanto>=0.2.7", "torchao>=0.15"],
+    "quantization": ["bitsandbytes>=0.49", "hqq>=0.2.8", "optimum-quanto>=0.2.7", "torchao>=0.15"],
+    # Compiles for long.
+    "gptq": ["gptqmodel>=5"],
     "deepspeed": ["deepspeed>=0.19"],
     "wandb": ["wandb>=0.20"],
     "tensorboard": ["tensorboard>=2.18"],

@@ -215,7 +215,7 @@ def test_pins_cover_what_is_required_and_lie_in_its_ranges():
     extras = ast.literal_eval(values["EXTRAS"])
     assert {"gpu", "eval", "deepspeed", "wandb", "dev"} <= extras.keys()
     for extra, lines in extras.items():
-        ranges += lines if extra != "flash" else []  # needs a GPU to compile, so no pin is tested
+        ranges += lines if extra not in ("flash", "gptq") else []  # need a GPU to compile, so no pin is tested
     for requirement in map(Requirement, ranges):
         assert requirement.name in pins, f"requirements.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pins[requirement.name])
