@@ -28,8 +28,7 @@ from hf_softpick.analysis.samples import batches, load_samples
 from hf_softpick.errors import CheckpointError, RecipeError
 
 EVAL = Path(__file__).parents[2] / "eval"
-INSTALLED = ("bnb-int8", "bnb-nf4", "quanto-int8", "quanto-int4", "quanto-int2", "torchao-int8",
-             "torchao-int8-dynamic", "torchao-int4")  # fmt: skip
+INSTALLED = tuple(name for name in FORMATS if not name.startswith("gptq"))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +116,7 @@ def test_every_installed_format_quantizes_and_fewer_bits_cost_more(folders, text
         assert entry["loss_increase"] == entry["loss"] - result["baseline"]["loss"] != 0
         # torchao-int4 keeps its values in a byte each; every format adds scales.
         stored = 8 if name == "torchao-int4" else FORMATS[name].bits
-        assert stored < entry["bits_per_weight"] <= stored + 1, name
+        assert stored < entry["bits_per_weight"] <= stored + (2 if name.startswith("hqq") else 1), name
         assert FORMATS[name].distribution in entry["library"]
         if entry["bits"] == 8:
             assert abs(entry["loss_increase"]) < 0.003, name
