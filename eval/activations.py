@@ -13,7 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import add_model_arguments, add_sample_arguments, at_least, exit_code, load, report_folder, samples_for
+from common import add_model_arguments, add_sample_arguments, at_least, load, report_folder, samples_for
+
+from hf_softpick.commands import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

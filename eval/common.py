@@ -1,10 +1,10 @@
-"""What the measuring commands of this folder share: options for the text, the place of results, exit codes.
+"""What the measuring commands of this folder share: options for models and text, the place of results.
 
     parser = argparse.ArgumentParser(...)
     add_sample_arguments(parser)                     --data, --split, --text-column, --data-name, --seq-len, --samples
     add_model_arguments(parser)                      MODEL..., --out, --device, --dtype, --attn-implementation, ...
     options = parser.parse_args(arguments)
-    return exit_code(lambda: measure(options), debug=options.debug)
+    return exit_code(lambda: measure(options), debug=options.debug)        hf_softpick.commands.exit_code
 
     loaded = load(options, model)                    analysis.loading.LoadedModel
     samples = samples_for(options, loaded)           analysis.samples.Samples
@@ -20,8 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_softpick.errors import RecipeError, UserError
-from hf_softpick.quiet import quiet_imports
+from hf_softpick.errors import RecipeError
 
 if TYPE_CHECKING:
     from hf_softpick.analysis.loading import LoadedModel
@@ -131,18 +130,3 @@ def report_folder(options: argparse.Namespace, model: str) -> Path:
     if options.out is not None:
         return Path(options.out, name) if len(options.models) > 1 else Path(options.out)
     return run / "report" if run is not None else Path("report", name)
-
-
-def exit_code(command: Callable[[], int | None], debug: bool = False) -> int:
-    """Run `command`; a user's mistake becomes one message and its exit code, Ctrl-C becomes 130."""
-    quiet_imports()
-    try:
-        return command() or 0
-    except UserError as error:
-        if debug:
-            raise
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import exit_code
-
+from hf_softpick.commands import exit_code
 from hf_softpick.errors import RecipeError, StorageError, UserError
 
 # Of this folder, by the kind of result that they write.

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import add_model_arguments, at_least, exit_code, load, report_folder
+from common import add_model_arguments, at_least, load, report_folder
 
+from hf_softpick.commands import exit_code
 from hf_softpick.errors import DataError
 from hf_softpick.files import write_json
 from hf_softpick.versions import versions

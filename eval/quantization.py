@@ -21,11 +21,12 @@ from common import (
     add_model_arguments,
     add_sample_arguments,
     at_least,
-    exit_code,
     load,
     report_folder,
     samples_for,
 )
+
+from hf_softpick.commands import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_softpick.errors import UserError
-from hf_softpick.quiet import quiet_imports
+from hf_softpick.commands import exit_code
 
 NORMALIZERS = ("softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,31 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, convert, print what was done; returns the exit code."""
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    quiet_imports()
-    try:
-        from hf_softpick.conversion.converting import convert
+    return exit_code(lambda: _convert(options), options.debug, "interrupted; nothing half-written is kept")
 
-        report = convert(
-            options.source,
-            options.destination,
-            normalizer=options.normalizer,
-            dtype=options.dtype,
-            config=options.config,
-            tokenizer=options.tokenizer,
-            revision=options.revision,
-            subfolder=options.subfolder,
-            progress=not options.quiet,
-        )
-    except UserError as error:
-        if options.debug:
-            raise
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is kept", file=sys.stderr)
-        return 130
+
+def _convert(options: argparse.Namespace) -> None:
+    from hf_softpick.conversion.converting import convert
+
+    report = convert(
+        options.source,
+        options.destination,
+        normalizer=options.normalizer,
+        dtype=options.dtype,
+        config=options.config,
+        tokenizer=options.tokenizer,
+        revision=options.revision,
+        subfolder=options.subfolder,
+        progress=not options.quiet,
+    )
     print(format_report(report, options.destination))
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_softpick.errors import UserError
-from hf_softpick.quiet import quiet_imports
+from hf_softpick.commands import exit_code
 
 if TYPE_CHECKING:
     from hf_softpick.data.preparing import PreparedData
@@ -24,27 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    quiet_imports()
-    try:
-        from hf_softpick.training.recipe import load_recipe
+    interrupted = "interrupted; nothing half-written is kept, the same command starts again"
+    return exit_code(lambda: _prepare(options), options.debug, interrupted)
 
-        recipe = load_recipe(options.recipe, options.overrides)
 
-        from hf_softpick.data.preparing import prepare_data
+def _prepare(options: argparse.Namespace) -> None:
+    from hf_softpick.training.recipe import load_recipe
 
-        prepared = prepare_data(recipe.data, recipe.tokenizer, progress=not options.quiet)
-        batch = recipe.training.arguments.get("per_device_train_batch_size", 8)
-        prepared.require_rows(batch * recipe.training.arguments.get("gradient_accumulation_steps", 1))
-    except UserError as error:
-        if options.debug:
-            raise
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is kept, the same command starts again", file=sys.stderr)
-        return 130
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from hf_softpick.data.preparing import prepare_data
+
+    prepared = prepare_data(recipe.data, recipe.tokenizer, progress=not options.quiet)
+    batch = recipe.training.arguments.get("per_device_train_batch_size", 8)
+    prepared.require_rows(batch * recipe.training.arguments.get("gradient_accumulation_steps", 1))
     print(format_report(prepared))
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from hf_softpick.commands import quiet_imports
 from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, UserError
-from hf_softpick.quiet import quiet_imports
 
 _EPILOG = """\
 exit codes:

@@ -28,33 +28,11 @@ def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         return
     yield from flags("statistics", runs)
     yield statistics_table("Statistics of the attention", SINK_ROWS, runs)
-    first = [
-        (run["label"], _layer_map(run, "sink_rate", f"Sink rate of {run['label']} by layer and head"))
-        for run in measured
-    ]
-    mass = [
-        (run["label"], _layer_map(run, "row_mass", f"Row mass of {run['label']} by layer and head"))
-        for run in measured
-    ]
-    yield Figure(
-        "Sink rate: share of sequences in which a head gives the first token a mean weight above 0.3.",
-        first,
-        colour_bar("sink rate", percent=True),
-    )
-    weight = [
-        (run["label"], _layer_map(run, "first_mass", f"Mean weight of the first token, {run['label']}"))
-        for run in measured
-    ]
-    yield Figure(
-        "Mean weight that a head gives the first token, what the sink rate holds against 0.3.",
-        weight,
-        colour_bar("mean weight"),
-    )
-    yield Figure(
-        "Row mass: mean sum of a row of weights. Softmax always has 1; softpick may give less, down to 0.",
-        mass,
-        colour_bar("row mass"),
-    )
+    for caption, name, title, bar in HEAD_MAPS:
+        drawings = [
+            (run["label"], _layer_map(run, name, f"{title} of {run['label']} by layer and head")) for run in measured
+        ]
+        yield Figure(caption, drawings, bar)
     yield from _while_training(
         runs, [("Sink rate", "sink_rate", False), ("Mean weight of the first token", "first_mass", False)]
     )
@@ -96,6 +74,26 @@ def _logged(run: dict[str, Any], name: str | None) -> list[tuple[float, float]]:
     return [(step, max(abs(value), low.get(step, 0.0))) for step, value in logged.get("hidden_max", [])]
 
 
+HEAD_MAPS = (
+    (
+        "Sink rate: share of sequences in which a head gives the first token a mean weight above 0.3.",
+        "sink_rate",
+        "Sink rate",
+        colour_bar("sink rate", percent=True),
+    ),
+    (
+        "Mean weight that a head gives the first token, what the sink rate holds against 0.3.",
+        "first_mass",
+        "Mean weight of the first token",
+        colour_bar("mean weight"),
+    ),
+    (
+        "Row mass: mean sum of a row of weights. Softmax always has 1; softpick may give less, down to 0.",
+        "row_mass",
+        "Row mass",
+        colour_bar("row mass"),
+    ),
+)
 SINK_ROWS = (
     ("Sink rate, first token", "sink_rate", "lower", percent),
     ("Sink rate, first 4 tokens", "sink_rate_first4", "lower", percent),

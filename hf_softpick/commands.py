@@ -1,0 +1,37 @@
+"""What the command lines share: quiet imports, and messages with exit codes instead of tracebacks. Imports nothing
+heavy."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from hf_softpick.errors import UserError
+
+INTERRUPTED = 130
+
+
+def quiet_imports() -> None:
+    """torchao reports extensions for other machines than this one, torch the old calls that torchao makes."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def exit_code(command: Callable[[], int | None], debug: bool = False, interrupted: str = "interrupted") -> int:
+    """Run `command`; a user's mistake becomes one message and its exit code, Ctrl-C becomes 130.
+
+    Args:
+        command: returns its exit code, None for 0.
+        debug: let a user's mistake show its traceback.
+        interrupted: what to say after Ctrl-C.
+    """
+    quiet_imports()
+    try:
+        return command() or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
