@@ -128,47 +128,33 @@ class AttentionStatistics:
         """[n, 5, H]: mean attention to the first token; to the first four; the most that any position of the first
         half receives; that position; mean row mass."""
         batch, heads, length = mass.shape
+        n, index, position = documents.count, documents.index.flatten(), documents.position.flatten()
+        real = index < n
+        size = torch.cat([documents.length, documents.length.new_zeros(1)])[index]  # of each token's sequence
         seen = rows.seen.double().expand(batch, heads, length)
-        received = rows.received.double()
+        received, seen, mass = (x.transpose(0, 1).flatten(1) for x in (rows.received.double(), seen, mass))
+
+        def total(values: Tensor, where: Tensor) -> Tensor:
+            """[H, n] sums of values [H, B * T] over the tokens of each sequence at `where`."""
+            sums = values.new_zeros(heads, n + 1)
+            return sums.index_add_(1, index, torch.where(where, values, 0.0))[:, :n]
+
         # A window hides the beginning from later queries: the mean is over those that see it.
-        mean = (received / seen.clamp_min(1)).transpose(0, 1).flatten(1)  # [H, B * T]
-        received, seen = received.transpose(0, 1).flatten(1), seen.transpose(0, 1).flatten(1)
-        first, sizes = documents.first, documents.length
-        near = documents.position.flatten() < FIRST
-        inside = documents.index.flatten()
-        own = inside < documents.count
-        four = received.new_zeros(heads, documents.count + 1)
-        four.index_add_(1, inside, torch.where(near & own, received, 0.0))
-        reach = received.new_zeros(heads, documents.count + 1)
-        last = (
-            near
-            & own
-            & (
-                documents.position.flatten()
-                == (torch.cat([sizes, sizes.new_zeros(1)])[inside] - 1).clamp(0, FIRST - 1)
-            )
-        )
-        reach.index_add_(1, inside, torch.where(last, seen + documents.position.flatten(), 0.0))
-        half = own & (documents.position.flatten() < (torch.cat([sizes, sizes.new_zeros(1)])[inside] + 1) // 2)
-        top = received.new_full((heads, documents.count + 1), -math.inf)
+        mean = received / seen.clamp_min(1)
+        near = real & (position < FIRST)
+        # Who sees any of the first four: who sees the last of them, and the queries before that one.
+        last_near = near & (position == (size - 1).clamp_max(FIRST - 1))
+        four = total(received, near) / total(seen + position, last_near).clamp_min(1)
+        # Beyond the first half few queries see a key, and a token that looks at itself would pass for a sink.
+        half = real & (position < (size + 1) // 2)
         candidates = torch.where(half, mean, -math.inf)
-        top.scatter_reduce_(1, inside.expand(heads, -1), candidates, "amax")
-        is_top = half & ((candidates == top[:, inside]) | candidates.isnan())
-        where = torch.where(is_top, documents.position.flatten(), length)
-        place = where.new_full((heads, documents.count + 1), length)
-        place.scatter_reduce_(1, inside.expand(heads, -1), where, "amin")
-        whole = received.new_zeros(heads, documents.count + 1)
-        whole.index_add_(1, inside, mass.transpose(0, 1).flatten(1))
-        n = documents.count
-        return torch.stack(
-            [
-                mean[:, first],
-                four[:, :n] / reach[:, :n].clamp_min(1),
-                top[:, :n],
-                place[:, :n].double(),
-                whole[:, :n] / sizes,
-            ]
-        ).permute(2, 0, 1)
+        top = candidates.new_full((heads, n + 1), -math.inf)
+        top.scatter_reduce_(1, index.expand(heads, -1), candidates, "amax")
+        is_top = half & ((candidates == top[:, index]) | candidates.isnan())
+        place = position.new_full((heads, n + 1), length)
+        place.scatter_reduce_(1, index.expand(heads, -1), torch.where(is_top, position, length), "amin")
+        parts = [mean[:, documents.first], four, top[:, :n], place[:, :n].double()]
+        return torch.stack([*parts, total(mass, real) / documents.length]).permute(2, 0, 1)
 
     def merge(self, other: "AttentionStatistics") -> None:
         """Add what another rank has seen."""
