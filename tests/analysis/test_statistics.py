@@ -233,6 +233,7 @@ def test_tiles_without_a_positive_score():
     query = torch.rand(2, 4, 200, 8, generator=generator, dtype=torch.float64) - 0.15
     key = -torch.rand(2, 2, 200, 8, generator=generator, dtype=torch.float64)
     key[:, :, 130:190] *= -1
+    key[:, :, 64:128] = 0.0  # a score of exactly 0 is not positive
     position = torch.stack([torch.arange(200), torch.cat([torch.arange(90), torch.arange(110)])])
     visible = visible_keys(200, 200, query.device, position_ids=position)
     see = visible.dense(200)[:, 0].expand(2, -1, -1)

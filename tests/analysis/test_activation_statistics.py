@@ -1,0 +1,72 @@
+"""Moments and extremes of one tensor: massive activations with their places, and what is left out."""
+
+import pytest
+import torch
+from dense_statistics import activations
+
+from hf_softpick.analysis.activation_statistics import ActivationStatistics
+
+
+def _tensor(scale=0.1):
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(2, 50, 32, generator=generator, dtype=torch.float64)
+
+
+def test_massive_activations_and_their_places():
+    """Above 100 and above 1000 medians, which are about 0.07 here; the largest first."""
+    x = _tensor()
+    x[0, 3, 5], x[1, 7, 2], x[1, 7, 9], x[1, 20, 0] = 99.0, 500.0, -2000.0, 101.0
+    statistics = ActivationStatistics()
+    statistics.add(x)
+    result = statistics.result()
+    for name, value in activations(list(x)).items():
+        assert result[name] == pytest.approx(value, rel=1e-9), name
+    assert result["massive"] == 3
+    places = [tuple(place[name] for name in ("row", "position", "channel", "value")) for place in result["massive_at"]]
+    assert places == [(1, 7, 9, -2000.0), (1, 7, 2, 500.0), (1, 20, 0, 101.0)]
+    assert result["largest"] == result["massive_at"][0]
+
+
+def test_large_is_not_massive_where_everything_is_large():
+    x = _tensor(scale=10.0)
+    x[0, 3, 5] = 500.0  # 75 medians
+    statistics = ActivationStatistics()
+    statistics.add(x)
+    assert statistics.result()["massive"] == 0 and statistics.result()["largest"]["value"] == 500.0
+
+
+def test_padding_is_left_out_and_places_count_it():
+    x, real = _tensor(), torch.ones(2, 50, dtype=torch.bool)
+    real[1, :10] = False
+    x[1, :10] = float("nan")
+    x[1, 12, 4] = 300.0
+    statistics = ActivationStatistics()
+    statistics.add(x, real, first_row=6)
+    result = statistics.result()
+    for name, value in activations([x[0], x[1, 10:]]).items():
+        assert result[name] == pytest.approx(value, rel=1e-9), name
+    assert statistics.nonfinite == 0
+    assert result["massive_at"] == [{"row": 7, "position": 12, "channel": 4, "value": 300.0}]
+
+
+def test_a_million_values_in_bfloat16_keep_their_digits():
+    """Computed in float32, summed in float64, whatever the model computes in."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 256, 1024, generator=generator).bfloat16()
+    statistics = ActivationStatistics()
+    for row in range(4):
+        statistics.add(x[row : row + 1])
+    expected = activations(list(x.double()))
+    for name, value in statistics.result().items():
+        if name in expected:
+            assert value == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_constants_and_nothing():
+    statistics = ActivationStatistics()
+    with pytest.raises(ValueError, match="no token"):
+        statistics.result()
+    statistics.add(torch.full((1, 3, 4), 2.0))
+    result = statistics.result()
+    assert result["kurtosis"] != result["kurtosis"]  # a constant has none
+    assert (result["max"], result["min"], result["median"], result["top3"]) == (2.0, 2.0, 2.0, [2.0, 2.0, 2.0])
