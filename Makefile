@@ -14,6 +14,7 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 .PHONY: help install train compare test lint format clean
 
 help:
+	@echo "make install  make $(VENV) with everything that is tested, and this checkout"
 	@echo "make train    train $(RECIPE) on this machine (at most 5 minutes on 2 cores)"
 	@echo "make compare  train softmax_tiny and softpick_tiny, measure both, write $(REPORT)/comparison.html (at most 25 minutes)"
 	@echo "make test     style and tests (at most 15 minutes on 2 cores)"

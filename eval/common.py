@@ -32,7 +32,9 @@ DEFAULT_SEQ_LEN = 512
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL [MODEL ...] and how to load them, --out and --debug."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a run folder, a model folder or a Hub id")
-    parser.add_argument("--out", metavar="DIR", help="folder of the results; default the run's report/, else report/")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the results; default report/ of the run, else report/NAME/"
+    )
     parser.add_argument("--device", help="for example cpu or cuda:0; default the GPU where there is one")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default that of the saved weights")
     parser.add_argument("--attn-implementation", metavar="NAME", help="default what the saved configuration says")

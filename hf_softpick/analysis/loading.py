@@ -45,6 +45,12 @@ def locate(source: str | Path) -> tuple[str, Path | None, str]:
                 f"{source} is neither a folder nor a Hub id (owner/name). Give a run folder, a folder with config.json"
                 ", or a Hub id."
             )
+        if path.parent.is_dir():  # a mistyped folder must not become somebody's repository
+            there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())[:8]
+            raise CheckpointError(
+                f"there is no folder {source}; {path.parent} holds {', '.join(there) or 'no folders'}. For the Hub's "
+                "repository of that name, start from another folder."
+            )
         return str(source), None, str(source).replace("/", "--")
     if path.is_file():
         raise CheckpointError(f"{source} is a file. Give the folder that holds config.json and the weights.")
