@@ -80,6 +80,7 @@ def compare(options: argparse.Namespace) -> int:
     from hf_softpick.analysis.comparison import gather
     from hf_softpick.analysis.report_html import render_html
     from hf_softpick.analysis.report_markdown import render_markdown
+    from hf_softpick.analysis.report_sections import verdict_text
     from hf_softpick.files import write_json
 
     out = Path(options.out)
@@ -101,7 +102,7 @@ def compare(options: argparse.Namespace) -> int:
     write_text(out / "comparison.md", render_markdown(comparison))
     write_text(out / "comparison.html", render_html(comparison))
     for row in comparison["claims"]:
-        print(f"{row['verdict']:<15} {row['claim']}: {row['detail']}")
+        print(f"{verdict_text(row):<21} {row['claim']}: {row['detail']}")
     for text in comparison["warnings"]:
         print(f"note: {text}", file=sys.stderr)
     print(f"report in {out / 'comparison.html'}")

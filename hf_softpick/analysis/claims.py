@@ -1,13 +1,14 @@
 """The claims of the softpick paper (Zuhri, Fuadi, Aji 2025, arXiv 2504.20966), tried on the runs of a comparison.
 
 A claim is "reproduced", "not reproduced" or "not measured". The last also stands for what these runs cannot decide:
-a contrast of runs that differ in more than the normalizer, a stale result, or nothing there to be better at. The rule
+runs that have hardly learned, a contrast of runs that differ in more than the normalizer, a stale result, or nothing
+there to be better at. The rule
 and its tolerance are part of every row, so that a reader can judge the verdict.
 """
 
 from typing import Any, NamedTuple
 
-from hf_softpick.analysis.comparison import mismatch
+from hf_softpick.analysis.comparison import mismatch, undertrained
 from hf_softpick.analysis.report_figures import brief
 from hf_softpick.analysis.run_records import COMMANDS, finite, lookup, number
 
@@ -19,6 +20,9 @@ LOWER_BY = 0.2
 SPARSE_FROM = 0.25
 LOSS_WITHIN = 0.01
 QUANTIZATION_TIE = 0.001
+LEAST_LOG_LINES = 3
+
+COLUMNS = ("claim", "paper", "rule", "verdict", "trivial", "figures", "sample", "detail")
 
 
 class Sides(NamedTuple):
@@ -37,13 +41,19 @@ def judge(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         [{"claim", "paper": the published figure, "rule": with its tolerance, "verdict", "figures": {label: {name:
-        value}}, "sample": what the figures rest on, "detail": one or two sentences}].
+        value}} in the order of the runs, "sample": what the figures rest on, "detail": some sentences, "trivial":
+        whether it is reproduced, but softmax would pass as well, so that it is no evidence}].
     """
     sides = _sides(comparison)
+    labels = [run["label"] for run in comparison["runs"]]
+    weak = [reason for run in sides[:2] if run is not None and (reason := undertrained(run))]
     rows = []
     for claim in (_sink_rate, _sinks_removed, _kurtosis, _maximum, _sparse, _quantization, _training_loss):
-        row = {"sample": None, "figures": {}, **claim(sides)}
-        rows.append({key: row[key] for key in ("claim", "paper", "rule", "verdict", "figures", "sample", "detail")})
+        row = {"sample": None, "trivial": False, **claim(sides)}
+        row["figures"] = {label: row["figures"][label] for label in labels if label in row["figures"]}
+        if weak and sides.softpick is not None:
+            row |= {"verdict": NOT_MEASURED, "trivial": False, "detail": " ".join(weak)}
+        rows.append({key: row[key] for key in COLUMNS})
     return rows
 
 
@@ -110,7 +120,7 @@ def _sink_rate(sides: Sides) -> dict[str, Any]:
         "paper": "0% (340M and 1.8B)",
         "rule": f"No attention map of the softpick run gives its first token a mean weight above {SINK_EPSILON}.",
         "verdict": NOT_MEASURED,
-        "figures": _figures([sides.softpick], "statistics", {"sink rate": "summary.sink_rate"}),
+        "figures": _figures(list(sides[:2]), "statistics", {"sink rate": "summary.sink_rate"}),
     }
     run = sides.softpick
     if run is None:
@@ -123,8 +133,16 @@ def _sink_rate(sides: Sides) -> dict[str, Any]:
     row["sample"] = f"{maps:,} maps, {lookup(run['statistics'], 'data.sink_sequences'):,} sequences"
     if rate == 0:
         detail = f"No map has a sink; a rate below {1 / maps:.2%} would not show."
-        return {**row, "verdict": REPRODUCED, "detail": detail}
+        trivial = _softmax_has_no_sink(sides)
+        if trivial:
+            detail += f" It holds trivially: {sides.softmax['label']} has no sink either, so it is no evidence."
+        return {**row, "verdict": REPRODUCED, "trivial": trivial, "detail": detail}
     return {**row, "verdict": NOT_REPRODUCED, "detail": f"{rate:.2%} of the maps have a sink."}
+
+
+def _softmax_has_no_sink(sides: Sides) -> bool:
+    runs = [sides.softpick, sides.softmax]
+    return sides.softmax is not None and _absent("statistics", runs) is None and _sink(sides.softmax) == 0
 
 
 def _sinks_removed(sides: Sides) -> dict[str, Any]:
@@ -230,6 +248,9 @@ def _sparse(sides: Sides) -> dict[str, Any]:
     small = [(r["label"], finite(lookup(r["statistics"], "summary.sparsity_small"))) for r in sides[:2] if r]
     if small := [f"{label} {value:.2%}" for label, value in small if value is not None]:
         detail += f" By the paper's measure, up to 1e-5: {', '.join(small)}."
+    before = (run["curves"] or {}).get("untrained_sparsity")
+    if before is not None:
+        detail += f" Random weights, at step 0, gave {before:.2%} exact zeros."
     verdict = REPRODUCED if share >= SPARSE_FROM else NOT_REPRODUCED
     return {**row, "verdict": verdict, "sample": _sample(run), "detail": detail}
 
@@ -284,7 +305,7 @@ def _training_loss(sides: Sides) -> dict[str, Any]:
         "claim": "Equal training loss",
         "paper": "within about 0.004 nats (340M)",
         "rule": "Mean training loss over the last tenth of the steps, within "
-        f"{LOSS_WITHIN:.0%} of softmax's, either way.",
+        f"{LOSS_WITHIN:.0%} of softmax's, either way; at least {LEAST_LOG_LINES} log lines of each.",
         "figures": {
             run["label"]: {
                 "training loss": run["curves"]["last_train_loss"],
@@ -304,8 +325,11 @@ def _training_loss(sides: Sides) -> dict[str, Any]:
     if steps[0] != steps[1]:
         detail = f"They stand at different steps: softpick {steps[0]:,}, softmax {steps[1]:,}."
         return {**row, "detail": detail}
+    lines = min(run["curves"]["last_train_lines"] for run in sides[:2])
+    row["sample"] = f"{lines:,} log line{'' if lines == 1 else 's'}, one seed each"
+    if lines < LEAST_LOG_LINES:
+        return {**row, "detail": f"Fewer than {LEAST_LOG_LINES} log lines in the last tenth of the steps."}
     pick, base = recorded
-    row["sample"] = f"{sides.softpick['curves']['last_train_lines']} log lines, one seed each"
     change = pick / base - 1
     way = "higher" if change > 0 else "lower"
     detail = f"Softpick {pick:.4f}, softmax {base:.4f}: {abs(pick - base):.4f} nats ({abs(change):.2%}) {way}."

@@ -6,11 +6,12 @@ Reads files only. HTML and Markdown are views of what is built here.
 import datetime
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_softpick.analysis.run_records import KINDS, gather_run, lookup
+from hf_softpick.analysis.run_records import KINDS, finite, gather_run, lookup
 from hf_softpick.errors import RecipeError
 from hf_softpick.versions import versions
 
@@ -49,6 +50,9 @@ CONDITIONS = {
     "downstream": (),
 }
 
+UNTRAINED_SHARE = 0.7
+"""Of ln(vocabulary), the loss of a uniform guess: a model whose loss is above this share of it has learned little."""
+
 
 def gather(sources: Sequence[str | Path], results: Path | None = None) -> dict[str, Any]:
     """Everything that is recorded about two or more runs or models, as plain values.
@@ -82,7 +86,12 @@ def gather(sources: Sequence[str | Path], results: Path | None = None) -> dict[s
         "runs": runs,
         "recipe_differences": differences,
         "pair": pair,
-        "warnings": [*_pair_warnings(pair), *_run_warnings(runs), *_mixed_conditions(runs)],
+        "warnings": [
+            *_pair_warnings(pair),
+            *_undertrained_warnings(runs, pair),
+            *_run_warnings(runs),
+            *_mixed_conditions(runs),
+        ],
     }
 
 
@@ -154,6 +163,28 @@ def mismatch(kind: str, runs: Sequence[dict[str, Any]]) -> str | None:
         if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
             return f"{path.removeprefix('data.')} differs: " + ", ".join(f"{k} {v}" for k, v in values.items())
     return None
+
+
+def undertrained(run: dict[str, Any]) -> str | None:
+    """Why nothing can be concluded from a run that has hardly learned; None if it has, or if its loss is unknown."""
+    curves = run["curves"] or {}
+    vocabulary = finite(run["model"].get("vocab_size"))
+    loss = next((x for name in ("last_eval_loss", "last_train_loss") if (x := curves.get(name)) is not None), None)
+    if loss is None or vocabulary is None or vocabulary < 2 or loss <= UNTRAINED_SHARE * math.log(vocabulary):
+        return None
+    return (
+        f"{run['label']} is undertrained: loss {loss:.4f} of ln(vocabulary) {math.log(vocabulary):.4f}, "
+        f"more than {UNTRAINED_SHARE:.0%} of it."
+    )
+
+
+def _undertrained_warnings(runs: list[dict[str, Any]], pair: dict[str, Any]) -> list[str]:
+    found = []
+    for run in runs:
+        if reason := undertrained(run):
+            judged = pair["softpick"] and run["label"] in (pair["softpick"], pair["softmax"])
+            found.append(f"{reason} No claim is judged." if judged else reason)
+    return found
 
 
 def _pair_warnings(pair: dict[str, Any]) -> list[str]:

@@ -101,8 +101,8 @@ SINK_ROWS = (
     ("Mean weight of the first token", "first_mass", None, plain_number),
     ("Row mass", "row_mass", None, plain_number),
     ("Rows without any weight", "empty_rows", None, percent),
-    ("Entropy, nats", "entropy", None, plain_number),
-    ("Distance attended, tokens", "distance", None, plain_number),
+    ("Entropy, mean over heads, nats", "entropy", None, plain_number),
+    ("Distance attended, mean over heads, tokens", "distance", None, plain_number),
     ("Dormant heads", "dormant_heads", "lower", plain_number),
 )
 HIDDEN_ROWS = (
@@ -272,5 +272,6 @@ def sparsity(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         ("Up to 1e-5", line_chart("Share of weights up to 1e-5", small, "layer", share, from_zero=True, dots=True)),
     ]
     yield Figure("Visible attention weights, mean over the heads of a layer.", drawings, runs=True)
+    yield from _while_training(runs, [("Share of weights exactly 0", "sparsity", False)])
     names = ["exactly 0", "up to 1e-5", "empty tiles of 64 x 64"]
     yield _layer_table("Sparsity by layer", names, [exact, small, tiles], percent)

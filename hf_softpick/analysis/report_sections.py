@@ -25,13 +25,17 @@ def headline(comparison: dict[str, Any]) -> str:
     """What was held against what, and the verdicts, in two or three sentences."""
     claims, pair = comparison["claims"], comparison["pair"]
     verdicts: dict[str, list[str]] = {REPRODUCED: [], NOT_REPRODUCED: [], NOT_MEASURED: []}
+    trivial = []
     for row in claims:
-        verdicts[row["verdict"]].append(row["claim"][0].lower() + row["claim"][1:])
+        found = trivial if row["trivial"] else verdicts[row["verdict"]]
+        found.append(row["claim"][0].lower() + row["claim"][1:])
     sides = "No softpick run with a softmax run beside it."
     if pair["softpick"] and pair["softmax"]:
         sides = f"{pair['softpick']} (softpick) against {pair['softmax']} (softmax):"
     count = f"{len(verdicts[REPRODUCED])} of {len(claims)} claims of the paper are reproduced."
     rest = [f"{verdict}: {'; '.join(found)}" for verdict, found in verdicts.items() if found and verdict != REPRODUCED]
+    if trivial:
+        count += f" One more holds trivially, as softmax has no sink either: {'; '.join(trivial)}."
     return " ".join([sides, count, *(f"{text[0].upper()}{text[1:]}." for text in rest)])
 
 
@@ -54,8 +58,8 @@ def sections(comparison: dict[str, Any]) -> list[Section]:
 
 def claims_table(comparison: dict[str, Any]) -> Table:
     """The paper's claims with the figures of these runs."""
-    pair = comparison["pair"]
-    labels = [label for label in (pair["softmax"], pair["softpick"]) if label]
+    pair = comparison["pair"].values()
+    labels = [run["label"] for run in comparison["runs"] if run["label"] in pair]
     rows = []
     for row in comparison["claims"]:
         # A loss increase is named after its format alone.
@@ -68,7 +72,7 @@ def claims_table(comparison: dict[str, Any]) -> Table:
             for label in labels
         ]
         sample = f" Sample: {row['sample']}." if row["sample"] else ""
-        verdict = Cell(row["verdict"], kind="verdict " + row["verdict"].replace(" ", "-"))
+        verdict = Cell(verdict_text(row), kind="verdict " + row["verdict"].replace(" ", "-"))
         rule = f"{row['rule']} Paper: {row['paper']}."
         rows.append([row["claim"], verdict, *(c or "\u2013" for c in cells), row["detail"] + sample, rule])
     return Table(
@@ -76,6 +80,11 @@ def claims_table(comparison: dict[str, Any]) -> Table:
         ["Claim", "Verdict", *labels, "Finding", "Rule of the verdict, figure of the paper"],
         rows,
     )
+
+
+def verdict_text(row: dict[str, Any]) -> str:
+    """The verdict of a claim as it is shown."""
+    return f"{row['verdict']}, trivially" if row["trivial"] else row["verdict"]
 
 
 def _claim_figure(name: str, value: Any) -> str:

@@ -22,7 +22,7 @@ COMMANDS = {
 
 MAX_POINTS = 400
 # Of what `eval.statistics` logs while a model trains, as stats_NAME.
-WHILE_TRAINING = ("sink_rate", "first_mass", "kurtosis", "hidden_max", "hidden_min")
+WHILE_TRAINING = ("sink_rate", "first_mass", "sparsity", "kurtosis", "hidden_max", "hidden_min")
 
 
 def number(value: Any) -> float | None:
@@ -144,7 +144,8 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any]:
         train, eval: [[step, loss in nats], ...]; last_train_loss: mean over the last tenth of the logged steps, with
         its log lines and standard deviation; tokens_per_second: median and 20th and 80th percentile over log lines,
         without the first, which holds the warm-up; memory_gib: the peak; nonfinite: log lines without a finite loss;
-        statistics: {name: [[step, value], ...]} of WHILE_TRAINING, finite values alone.
+        statistics: {name: [[step, value], ...]} of WHILE_TRAINING, finite values alone; untrained_sparsity: the share
+        of weights that are exactly 0 at step 0, or None.
     """
     lines = {key: {r["step"]: number(r[key]) for r in records if key in r} for key in ("loss", "eval_loss")}
     train, evaluated = (
@@ -175,6 +176,7 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any]:
             name: _thin([[r["step"], v] for r in records if (v := finite(r.get(f"stats_{name}"))) is not None])
             for name in WHILE_TRAINING
         },
+        "untrained_sparsity": next((finite(r.get("stats_sparsity")) for r in records if r["step"] == 0), None),
     }
 
 

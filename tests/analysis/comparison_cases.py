@@ -40,6 +40,8 @@ def write_run(root: Path, name: str, normalizer: str, loss: float = 3.0, **chang
     write(folder / "finished.json", {"step": STEPS, "results": {"parameters": 1234567, "eval_loss": loss + 0.1}})
     draw = random.Random(name)
     with (folder / "metrics.jsonl").open("w") as file:
+        if "softpick" in normalizer:
+            file.write(json.dumps({"step": 0, "stats_sparsity": 0.4895}) + "\n")
         for step in range(10, STEPS + 1, 10):
             value = loss + 5 * math.exp(-step / 120) + draw.gauss(0, 0.002)
             record = {"step": step, "loss": value, "tokens_per_second": 8000 + draw.gauss(0, 50), "memory_gib": 1.1}
@@ -49,6 +51,7 @@ def write_run(root: Path, name: str, normalizer: str, loss: float = 3.0, **chang
                 logged = {
                     "sink_rate": 0.0,
                     "first_mass": 0.02,
+                    "sparsity": 0.45,
                     "kurtosis": "nan",
                     "hidden_max": 8.0,
                     "hidden_min": -9.5,

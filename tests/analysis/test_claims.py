@@ -1,5 +1,8 @@
 """Verdicts on the paper's claims: each way that each claim can go, and what is left undecided."""
 
+import json
+import math
+
 import pytest
 from comparison_cases import quantization, statistics, write, write_pair, write_run
 
@@ -28,7 +31,9 @@ def test_the_paper_is_reproduced_by_its_own_figures(tmp_path):
     # 36 sequences, 4 layers, 6 heads
     assert rows[SINK]["sample"] == "864 maps, 36 sequences" and "0.12%" in rows[SINK]["detail"]
     assert "By the paper's measure, up to 1e-5: softpick-a 47.00%, softmax-a 0.00%" in rows[SPARSE]["detail"]
-    assert all(row["rule"] and row["paper"] and row["detail"] for row in rows)
+    assert "Random weights, at step 0, gave 48.95% exact zeros." in rows[SPARSE]["detail"]
+    assert all(row["rule"] and row["paper"] and row["detail"] and not row["trivial"] for row in rows)
+    assert all(list(row["figures"]) == ["softmax-a", "softpick-a"] for row in rows)  # as they were given
 
 
 @pytest.mark.parametrize(
@@ -56,8 +61,9 @@ def test_verdicts_of_statistics(tmp_path, softmax, softpick, verdicts):
 
 def test_no_sink_anywhere_is_said_plainly(tmp_path):
     rows = with_statistics(write_pair(tmp_path), (0.0, 9.0, 9.0, 0.0), (0.0, 3.0, 3.0, 0.4))
-    assert rows[SINK]["verdict"] == "reproduced"
-    assert rows[REMOVED]["verdict"] == "not measured"
+    assert rows[SINK]["verdict"] == "reproduced" and rows[SINK]["trivial"]
+    assert "trivially: softmax-a has no sink either" in rows[SINK]["detail"]
+    assert rows[REMOVED]["verdict"] == "not measured" and not rows[REMOVED]["trivial"]
     assert "Softmax shows no sink either" in rows[REMOVED]["detail"]
 
 
@@ -116,6 +122,39 @@ def test_equal_training_loss_is_within_a_percent(tmp_path, loss, verdict, word):
     runs = [write_run(tmp_path, "m", "softmax", 3.0), write_run(tmp_path, "p", "softpick", loss)]
     row = judged(runs)[LOSS]
     assert row["verdict"] == verdict and word in row["detail"] and "nats" in row["detail"]
+
+
+@pytest.mark.parametrize("lines, verdict", [(1, "not measured"), (2, "not measured"), (3, "reproduced")])
+def test_equal_training_loss_needs_three_log_lines(tmp_path, lines, verdict):
+    runs = write_pair(tmp_path, results=False)
+    for run in runs:
+        records = [{"step": 970 + 10 * i, "loss": 3.0} for i in range(4 - lines, 4)]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    row = judged(runs)[LOSS]
+    assert row["verdict"] == verdict
+    assert row["sample"] == f"{lines} log line{'' if lines == 1 else 's'}, one seed each"
+
+
+@pytest.mark.parametrize("weak", [0, 1])
+@pytest.mark.parametrize("validated", [True, False])
+def test_models_that_learned_nothing_are_not_judged(tmp_path, weak, validated):
+    runs = write_pair(tmp_path)
+    limit = 0.7 * math.log(4096)
+    for loss, judges in ((limit + 0.01, False), (limit - 0.01, True)):
+        records = [{"step": step, "loss": 3.0 if validated else loss} for step in range(100, 1001, 10)]
+        records += [{"step": 1000, "eval_loss": loss}] if validated else []
+        (runs[weak] / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+        found = gather(runs)
+        rows = judge(found)
+        assert (REMOVED in [i for i, row in enumerate(rows) if row["verdict"] != "not measured"]) is judges
+        if judges:
+            assert found["warnings"] == []
+        else:
+            (warning,) = found["warnings"]
+            assert {row["verdict"] for row in rows} == {"not measured"} and not any(row["trivial"] for row in rows)
+            expected = f"{runs[weak].name} is undertrained: loss {loss:.4f} of ln(vocabulary) 8.3178"
+            assert all(row["detail"].startswith(expected) for row in rows)
+            assert warning.startswith(expected) and warning.endswith("No claim is judged.")
 
 
 def test_no_contrast_of_runs_that_differ_in_more_than_the_normalizer(tmp_path):

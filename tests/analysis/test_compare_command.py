@@ -31,10 +31,13 @@ def test_two_runs(runs, tmp_path):
     found = compare(*runs, "--out", tmp_path / "report", "--text", "def x ( y ) : return y", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     report = json.loads((tmp_path / "report/comparison.json").read_text())
-    assert [run["label"] for run in report["runs"]] == ["softmax", "softpick"] and report["warnings"] == []
+    assert [run["label"] for run in report["runs"]] == ["softmax", "softpick"]
+    # Five steps: neither has learned anything.
+    assert [w.split(":")[0] for w in report["warnings"]] == [f"{n} is undertrained" for n in ("softmax", "softpick")]
     assert report["recipe_differences"][0]["key"] == "model.normalizer" and report["pair"]["other_differences"] == []
     verdicts = {row["claim"]: row["verdict"] for row in report["claims"]}
-    assert verdicts["Equal training loss"] == "reproduced" and list(verdicts.values()).count("not measured") == 6
+    assert set(verdicts.values()) == {"not measured"} and len(verdicts) == 7
+    assert "is undertrained: loss" in report["claims"][0]["detail"]
     for run in report["runs"]:
         assert len(run["curves"]["train"]) == 5 and run["curves"]["last_eval_loss"] > 0
         maps = run["attention_maps"]
@@ -65,9 +68,9 @@ def test_measuring_first(runs, tmp_path, monkeypatch, main):
     # Rows of 64 tokens have no room for a passkey prompt.
     assert main(*runs, *arguments) == 2
     report = json.loads((tmp_path / "report/comparison.json").read_text())
-    verdicts = {row["claim"]: row["verdict"] for row in report["claims"]}
-    assert verdicts["Sparse attention maps"] == "reproduced" and len(report["warnings"]) == 2
-    assert "Measuring passkey of" in report["warnings"][0] and "exit code 2" in report["warnings"][0]
+    sparse = next(row for row in report["claims"] if row["claim"] == "Sparse attention maps")
+    assert sparse["figures"]["softpick"]["exact zeros"] > 0.25 and len(report["warnings"]) == 4
+    assert "Measuring passkey of" in report["warnings"][2] and "exit code 2" in report["warnings"][2]
     page = (tmp_path / "report/comparison.html").read_text()
     assert "Sink rate of softpick by layer and head" in page and "Largest hidden value" in page
     softmax, softpick = (json.loads((tmp_path / run.name / "statistics.json").read_text()) for run in runs)

@@ -173,10 +173,11 @@ def test_wrong_arguments_are_named(tmp_path):
 
 def test_statistics_logged_while_training_are_kept():
     records = [
-        {"step": 0, "stats_sink_rate": 0.0, "stats_kurtosis": "nan", "stats_hidden_max": 2.0},
+        {"step": 0, "stats_sink_rate": 0.0, "stats_sparsity": 0.5, "stats_kurtosis": "nan", "stats_hidden_max": 2.0},
         {"step": 50, "loss": 3.0},
         {"step": 50, "stats_sink_rate": 0.25, "stats_kurtosis": 4.0, "stats_hidden_max": 5.0},
     ]
+    assert curves(records)["untrained_sparsity"] == 0.5 and curves(records[1:])["untrained_sparsity"] is None
     found = curves(records)["statistics"]
     assert found["sink_rate"] == [[0, 0.0], [50, 0.25]] and found["kurtosis"] == [[50, 4.0]]
     assert found["first_mass"] == []

@@ -98,8 +98,35 @@ def test_the_better_side_is_marked_where_better_is_defined(comparison):
     assert marked(rows["Training loss, mean of the last tenth"]) == ["3.0006"]
     assert marked(rows["int4: loss increase"]) == ["+0.1000"]
     assert marked(rows["piqa, acc"]) == ["0.65 \u00b1 0.01"]
-    for name in ("Entropy, nats", "Distance attended, tokens", "Row mass", "Massive activations", "Steps"):
+    for name in (
+        "Entropy, mean over heads, nats",
+        "Distance attended, mean over heads, tokens",
+        "Row mass",
+        "Massive activations",
+        "Steps",
+    ):
         assert marked(rows[name]) == [], name  # a tie, or no better side
+
+
+def test_columns_stand_in_the_order_of_the_command_line(tmp_path):
+    runs = write_pair(tmp_path)[::-1]
+    found = gather(runs)
+    found["claims"] = judge(found)
+    for text in (render_markdown(found), render_html(found)):
+        for header in re.findall(r"(?m)^\| Claim .*$|<thead>.*?</thead>", text):
+            assert "softmax" not in header or header.index("softpick") < header.index("softmax"), header
+    assert "| Claim | Verdict | softpick\\-a | softmax\\-a |" in render_markdown(found)
+
+
+def test_a_trivial_verdict_is_not_counted(tmp_path):
+    runs = write_pair(tmp_path)
+    write(runs[0] / "report/statistics.json", statistics("softmax-a", "softmax", 0.0, 33510.0, 240.0, 0.0))
+    found = gather(runs)
+    found["claims"] = judge(found)
+    text = render_markdown(found).replace("\\", "")
+    assert "5 of 7 claims of the paper are reproduced. One more holds trivially, as softmax has no sink either" in text
+    assert "| Softpick has a sink rate of 0 | reproduced, trivially | sink rate 0% | sink rate 0% |" in text
+    assert "reproduced, trivially" in render_html(found)
 
 
 def test_nothing_is_marked_where_conditions_differ(tmp_path):
@@ -239,7 +266,12 @@ def test_charts_leave_out_what_cannot_be_drawn():
 
 def test_what_was_logged_while_training_is_drawn(comparison):
     page = render_html(comparison)
-    for heading in ("Sink rate", "Mean weight of the first token", "Largest absolute value"):
+    for heading in (
+        "Sink rate",
+        "Mean weight of the first token",
+        "Largest absolute value",
+        "Share of weights exactly 0",
+    ):
         assert f"{heading} while training" in page
     assert "Kurtosis while training" not in page  # not a number in every record of these runs
     charts = [svg for svg in page.split("<svg")[1:] if "Largest absolute value while training" in svg]
