@@ -6,7 +6,8 @@
 `paper` is arc_easy, lambada_openai, piqa, sciq and wikitext, whose data comes from the Hub; `offline` are the tasks of
 eval/tasks, which need no network. The figures are those of
 `lm_eval --model hf --model_args pretrained=RUN/final,trust_remote_code=True --include_path eval/tasks --tasks ...`.
-Writes downstream.json, and lm-eval's own results as results_downstream.json, after every task.
+Writes downstream.json, its table downstream.md, and results_downstream.json, which is lm-eval's own, after every task.
+What earlier calls measured on the same weights stays: a task is replaced only by a later measurement of it.
 Exit codes: 0 done, 2 command line or unknown task, 3 a task failed (the others are saved), 4 model, 6 storage.
 """
 
@@ -23,7 +24,6 @@ from common import add_model_arguments, at_least, load, report_folder
 
 from hf_softpick.commands import exit_code
 from hf_softpick.errors import DataError
-from hf_softpick.files import write_json
 from hf_softpick.versions import versions
 
 TASKS = Path(__file__).resolve().parent / "tasks"
@@ -61,7 +61,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from hf_softpick.analysis.downstream import evaluate_tasks, failed, find_tasks, format_table
+    from hf_softpick.analysis.downstream import evaluate_tasks, find_tasks
+    from hf_softpick.analysis.downstream_results import Report, failed, format_table
     from hf_softpick.analysis.loading import describe
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -70,14 +71,13 @@ def _run(options: argparse.Namespace) -> None:
     for source in options.models:
         folder, begin = report_folder(options, source), time.perf_counter()
         loaded = load(options, source)
-        head = {"schema": 1, "kind": "downstream", "model": describe(loaded), "versions": versions()}
+        own = loaded.run is not None and options.out is None
+        report = Report(folder, describe(loaded), versions(), own)
+        if report.dropped:
+            print(report.dropped)
 
-        def save(
-            result: dict[str, Any], lm_eval_result: dict[str, Any], folder=folder, begin=begin, head=head
-        ) -> None:
-            seconds = {"seconds": round(time.perf_counter() - begin, 3)}
-            write_json(folder / "results_downstream.json", lm_eval_result)
-            write_json(folder / "downstream.json", head | seconds | result | {"lm_eval": "results_downstream.json"})
+        def save(result: dict[str, Any], lm_eval_result: dict[str, Any], report=report, begin=begin) -> None:
+            report.save(result, lm_eval_result, time.perf_counter() - begin)
 
         result, _ = evaluate_tasks(
             loaded,
@@ -89,8 +89,7 @@ def _run(options: argparse.Namespace) -> None:
             after_task=save,
         )
         name = loaded.name if loaded.name not in results else source
-        results[name] = result
-        (folder / "downstream.md").write_text(format_table({name: result}) + "\n", encoding="utf-8")
+        results[name] = report.joined(result)
         print(f"{name}: {folder / 'downstream.json'} (batch size {result['batch_size']}, {result['batch_size_from']})")
         failures += [f"{name}: {task}: {result['tasks'][task]['error']}" for task in failed(result)]
         del loaded  # before the next one is read

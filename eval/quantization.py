@@ -112,7 +112,7 @@ def _evaluation(options: argparse.Namespace) -> Any:
 
 
 def _task_table(result: dict[str, Any], limit: int | None) -> str:
-    from hf_softpick.analysis.downstream import format_table
+    from hf_softpick.analysis.downstream_results import format_table
 
     measured = {entry["format"]: entry for entry in result["formats"] if entry["status"] == "measured"}
     columns = {"as saved": result["baseline"], **measured}

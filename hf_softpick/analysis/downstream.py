@@ -1,7 +1,7 @@
 """Downstream quality by lm-eval's own evaluator: the same figures as its command, BOS as the model was trained.
 
 One task is evaluated after the other, so that one that fails, for instance because its data set cannot be reached,
-does not lose the others.
+does not lose the others. Whether the Hub can be reached is asked once: huggingface_hub repeats it for 25 seconds.
 """
 
 import copy
@@ -9,7 +9,8 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ PAPER = ("arc_easy", "lambada_openai", "piqa", "sciq", "wikitext")
 _LARGEST_BATCH = 64
 _CPU_BATCH_TOKENS = 16384
 _CPU_MEMORY_SHARE = 1 / 16
+_HUB_TIMEOUT = 10.0  # seconds
+_FILE_READERS = ("json", "csv", "text", "parquet", "arrow")
 
 
 def find_tasks(
@@ -158,8 +161,9 @@ def evaluate_tasks(
         after_task: called with both results after each task, to save them.
 
     Returns:
-        The result (tasks, bos, batch_size, max_length, limit, num_fewshot), in which a task that failed is {"error":
-        one line}; and the results of lm-eval, merged, in lm-eval's own format.
+        The result (tasks, bos, batch_size, max_length, limit, num_fewshot), in which a task that failed, among them
+        those whose data set is on the Hub while that cannot be reached, is {"error": one line}; and the results of
+        lm-eval, merged, in lm-eval's own format.
 
     Raises:
         CheckpointError: as `harness`.
@@ -175,22 +179,58 @@ def evaluate_tasks(
         "tasks": {},
     }
     merged: dict[str, Any] = {}
-    for name in tasks:
-        try:
-            raw = _evaluate_one(lm, name, manager, limit, num_fewshot)
-        except Exception as error:  # data sets, the network and task code raise nearly everything; the others go on
-            result["tasks"][name] = {"error": _one_line(error)}
-        else:
-            result["tasks"] |= summarize(raw, lm)
-            _merge(merged, raw)
-        result["batch_size"] = lm.batch_size
-        after_task(result, merged)
+    reason = _hub_unreachable() if any(_reads_the_hub(name, manager) for name in tasks) else None
+    with _offline(reason is not None):
+        for name in tasks:
+            try:
+                raw = _evaluate_one(lm, name, manager, limit, num_fewshot)
+            except Exception as error:  # data sets, the network and task code raise nearly everything
+                result["tasks"][name] = {"error": _one_line(error, reason)}
+            else:
+                batch = {"batch_size": lm.batch_size}  # of this task: a later one may have to halve it
+                result["tasks"] |= {name: batch | task for name, task in summarize(raw, lm).items()}
+                _merge(merged, raw)
+            result["batch_size"] = lm.batch_size
+            after_task(result, merged)
     return result, merged
 
 
-def failed(result: dict[str, Any]) -> list[str]:
-    """Names of the tasks that failed."""
-    return [name for name, task in result["tasks"].items() if "error" in task]
+def _reads_the_hub(name: str, manager: "TaskManager") -> bool:
+    """Whether a task may need a data set of the Hub; yes for a group."""
+    config = manager.task_index[name].cfg or {}
+    return "custom_dataset" not in config and config.get("dataset_path") not in _FILE_READERS
+
+
+def _hub_unreachable() -> str | None:
+    """Why the Hub cannot be reached, by one request that is not repeated; None where it answers or nothing may ask it.
+
+    huggingface_hub repeats a failed request five times, after 1, 2, 4, 8 and 8 seconds, for every data set.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.is_offline_mode():
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
+    except Exception as error:  # of whatever HTTP library huggingface_hub uses
+        return f"{constants.ENDPOINT} cannot be reached: {str(error).strip() or type(error).__name__}"
+    return None
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """As with HF_HUB_OFFLINE=1, if wanted: data sets that are in the cache are read, others fail at once."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if wanted:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _describe_bos(lm: "HFLM", loaded: LoadedModel) -> dict[str, Any]:
@@ -225,7 +265,9 @@ def _evaluate_one(
             torch.cuda.empty_cache()
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, unreachable: str | None = None) -> str:
+    if unreachable and isinstance(error, ConnectionError):
+        return f"{type(error).__name__}: its data set is not in the cache, and {unreachable}"
     lines = str(error.__cause__ or error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
@@ -310,37 +352,3 @@ def text_statistics(samples: Sequence[dict[str, Any]], lm: "HFLM") -> dict[str, 
         "token_perplexity_stderr": None if stderr is None else perplexity * stderr,
         "bits_per_byte": sum(nlls) / size / math.log(2),
     }
-
-
-def format_table(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of several models' results, by name: tasks and metrics as rows, value +- standard error."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    arrows = {True: "higher", False: "lower", None: ""}
-    for model, result in results.items():
-        for task, entry in result["tasks"].items():
-            for metric, score in entry.get("metrics", {}).items():
-                row = rows.setdefault((task, metric), {"better": arrows[score["higher_is_better"]]})
-                row[model] = _number(score["value"]) + (
-                    "" if score["stderr"] is None else f" +- {score['stderr']:.4f}"
-                )
-    for model, result in results.items():
-        for task in failed(result):
-            for key in [key for key in rows if key[0] == task] or [(task, "")]:
-                rows.setdefault(key, {"better": ""})[model] = "failed"
-    cells = [["task", "metric", "better", *results]]
-    cells += [[*key, row["better"], *(row.get(model, "") for model in results)] for key, row in sorted(rows.items())]
-    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
-    limits = {result["limit"] for result in results.values()} - {None}
-    if limits:
-        lines.append(
-            f"\nA trial: only the first {min(limits)} documents of each task, not comparable with full results."
-        )
-    return "\n".join(lines)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from tiny_softpick import tiny_model
 from training_runs import REPOSITORY, environment, train, write_recipe
 
 from hf_softpick.analysis import downstream
-from hf_softpick.analysis.downstream import evaluate_tasks, find_batch_size, find_tasks, format_table, harness
-from hf_softpick.analysis.loading import LoadedModel, load_model
-from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.analysis.downstream import evaluate_tasks, find_batch_size, find_tasks, harness
+from hf_softpick.analysis.downstream_results import Report, failed, format_table
+from hf_softpick.analysis.loading import LoadedModel, describe, load_model
+from hf_softpick.errors import CheckpointError, RecipeError, StorageError
 
 TASKS = REPOSITORY / "eval" / "tasks"
 OFFLINE = ["offline_cloze", "offline_code", "offline_heldout", "offline_passkey", "offline_prose"]
@@ -187,7 +189,7 @@ def test_tokenizers_are_not_changed(text_tasks):
     eos_alone = byte_tokenizer(bos=False)
     eos_alone.bos_token = None
     result, _ = evaluate_tasks(small(eos_alone), *text_tasks, batch_size=2)
-    assert result["bos"]["prefix_token"] == "</s>" and not downstream.failed(result)
+    assert result["bos"]["prefix_token"] == "</s>" and not failed(result)
 
 
 def test_tokenizers_that_cannot_be_used_are_refused():
@@ -240,7 +242,7 @@ def test_a_batch_that_does_not_fit_is_halved(loaded, text_tasks, monkeypatch):
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", short_of_memory)
     result, _ = evaluate_tasks(loaded, *text_tasks, batch_size=8)
-    assert tried == [8, 4, 2] and result["batch_size"] == 2 and not downstream.failed(result)
+    assert tried == [8, 4, 2] and result["batch_size"] == 2 and not failed(result)
 
 
 def test_results_are_saved_after_every_task(loaded, tmp_path):
@@ -259,24 +261,159 @@ def test_results_are_saved_after_every_task(loaded, tmp_path):
 
     result, raw = evaluate_tasks(loaded, tasks, manager, limit=2, after_task=save)
     assert [len(names) for names, _ in saved] == [1, 2, 3]
-    assert saved[-1][1] == ["offline_cloze", "offline_code"] and downstream.failed(result) == ["broken"]
+    assert saved[-1][1] == ["offline_cloze", "offline_code"] and failed(result) == ["broken"]
     assert "ZeroDivisionError" in result["tasks"]["broken"]["error"]
     assert raw["configs"]["offline_code"]["task"] == "offline_code" and "samples" not in raw
     json.dumps(raw)
 
 
+def _tables_agree(folder: Path, name: str) -> dict:
+    """downstream.json, after comparing it with the table beside it and with lm-eval's results."""
+    saved = json.loads((folder / "downstream.json").read_text())
+    assert (folder / "downstream.md").read_text() == format_table({name: saved}) + "\n"
+    measured = {task for task, entry in saved["tasks"].items() if "metrics" in entry}
+    assert set(json.loads((folder / "results_downstream.json").read_text())["results"]) == measured
+    assert not list(folder.glob("*.tmp"))
+    return saved
+
+
+def test_calls_keep_what_earlier_ones_measured(run, tmp_path):
+    """By the command: other settings are told by task, failures take nothing away."""
+    out = tmp_path / "out"
+    assert script(run, "--tasks", "offline_code", "--batch-size", 8, "--out", out).returncode == 0
+    first = _tables_agree(out, "tiny")
+    failing = script(run, "--tasks", "sciq,offline_cloze", "--limit", 2, "--batch-size", 4, "--out", out)
+    assert failing.returncode == 3 and "1 of 2 tasks failed" in failing.stderr and "left out" not in failing.stdout
+    saved = _tables_agree(out, "tiny")
+    assert list(saved["tasks"]) == ["offline_code", "sciq", "offline_cloze"] and list(saved["tasks"]["sciq"]) == [
+        "error"
+    ]
+    assert saved["tasks"]["offline_code"] == first["tasks"]["offline_code"]
+    kept, added = saved["tasks"]["offline_code"], saved["tasks"]["offline_cloze"]
+    assert (kept["samples"], kept["limit"], kept["batch_size"]) == (40, None, 8)
+    assert (added["samples"], added["limit"], added["batch_size"]) == (2, 2, 4)
+    assert saved["limit"] == 2 and saved["batch_size"] is None and kept["versions"]["lm_eval"]
+    assert "only the first 2 documents of each of offline_cloze," in (out / "downstream.md").read_text()
+
+
+@pytest.fixture
+def report(loaded, tmp_path):
+    def make(**changes) -> Report:
+        versions = {"torch": changes.pop("torch", "1")}
+        own = changes.pop("own", False)
+        return Report(tmp_path, describe(loaded) | changes, versions, own)
+
+    return make
+
+
+def _result(value: float | None, task: str = "t", **settings) -> dict:
+    score = {"value": value, "stderr": None, "higher_is_better": True}
+    entry = {"error": "no network"} if value is None else {"samples": 5, "num_fewshot": 0, "metrics": {"acc": score}}
+    given = {"limit": None, "num_fewshot": None, "batch_size": 4, "batch_size_from": "given", "max_length": 64}
+    return given | settings | {"bos": {}, "tasks": {task: entry}}
+
+
+def _raw(task: str, value: float) -> dict:
+    return {"results": {task: {"acc,none": value}}, "config": {"limit": None}, "date": value}
+
+
+def test_a_failure_does_not_replace_a_measured_task(report, tmp_path):
+    report().save(_result(math.inf), _raw("t", 1.0), 1.0)
+    report(torch="2").save(_result(None, batch_size=1), {}, 1.0)
+    (entry,) = _saved(tmp_path)["tasks"].values()
+    assert entry["metrics"]["acc"]["value"] == "inf" and entry["last_error"] == "no network" and "error" not in entry
+    assert entry["batch_size"] == 4 and entry["versions"] == {"torch": "1"}
+    assert "inf" in (tmp_path / "downstream.md").read_text()
+    report(torch="2").save(_result(0.25), _raw("t", 2.0), 1.0)
+    (entry,) = _saved(tmp_path)["tasks"].values()
+    assert (
+        entry["metrics"]["acc"]["value"] == 0.25 and "last_error" not in entry and entry["versions"] == {"torch": "2"}
+    )
+    report().save(_result(0.5, "u"), _raw("u", 3.0), 1.0)
+    raw = json.loads((tmp_path / "results_downstream.json").read_text())
+    assert raw["results"] == {"t": {"acc,none": 2.0}, "u": {"acc,none": 3.0}} and raw["date"] == 3.0
+
+
+def _saved(folder: Path) -> dict:
+    return json.loads((folder / "downstream.json").read_text())
+
+
+def test_results_of_other_weights_are_dropped_and_named(report, tmp_path):
+    report().save(_result(0.5), _raw("t", 1.0), 1.0)
+    path = report().head["model"]["path"]
+    assert report(path=str(Path(path).relative_to("/"))).dropped is None, "named from another folder"
+    assert report(dtype="bfloat16").dropped is None and report(dtype="bfloat16").earlier["t"]["dtype"] == "float32"
+    moved = str(Path("elsewhere", "final"))
+    assert report(path=moved, own=True).dropped is None
+    assert "path was" in report(path=moved).dropped
+    assert "path was" in report(path=str(Path(path).parent / "checkpoints" / "checkpoint-5"), own=True).dropped
+    other = report(trained_steps=9)
+    assert "results (t) are left out, trained_steps was 5 and is 9" in other.dropped
+    other.save(_result(0.75, "u"), _raw("u", 1.0), 1.0)
+    assert list(_tables_agree(tmp_path, "tiny")["tasks"]) == ["u"]
+
+
+def test_results_of_before_are_read(report, tmp_path):
+    """Settings once for all tasks; and what is no result is not written over."""
+    old = {"model": report().head["model"], "versions": {"torch": "0", "numpy": "1"}} | _result(0.5, limit=7)
+    (tmp_path / "downstream.json").write_text(json.dumps(old))
+    task = report().joined(_result(0.5, "u"))["tasks"]["t"]
+    assert (task["limit"], task["batch_size"], task["versions"]) == (7, 4, {"torch": "0"})
+    (tmp_path / "downstream.json").write_text("{")
+    with pytest.raises(StorageError, match="Move it away"):
+        report()
+
+
+def test_the_hub_is_asked_once(loaded, monkeypatch):
+    """Three data sets of the Hub, no network: one request, no waiting, and the tasks with text of their own go on."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    class Session:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise OSError("no such host")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    tasks, manager = find_tasks("sciq,piqa,offline_cloze,lambada_openai", [TASKS])
+    begin = time.perf_counter()
+    result, _ = evaluate_tasks(loaded, tasks, manager, batch_size=4, limit=2)
+    assert time.perf_counter() - begin < 15 and asked == [(constants.ENDPOINT, 10.0)]
+    assert failed(result) == ["sciq", "piqa", "lambada_openai"]
+    for name in failed(result):
+        assert result["tasks"][name]["error"].endswith(
+            f"in the cache, and {constants.ENDPOINT} cannot be reached: no such host"
+        )
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+    evaluate_tasks(loaded, ["offline_cloze"], manager, batch_size=4, limit=2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    result, _ = evaluate_tasks(loaded, ["sciq"], manager, batch_size=4, limit=2)
+    assert failed(result) == ["sciq"] and len(asked) == 1, "who works offline asks nothing"
+
+
 def test_the_table():
     score = {"value": 0.5, "stderr": 0.0123, "higher_is_better": True}
     perplexity = {"value": 12345.678, "stderr": None, "higher_is_better": False}
-    a = {"limit": None, "tasks": {"t": {"metrics": {"acc": score, "ppl": perplexity}}, "u": {"error": "x"}}}
+    a = {
+        "limit": None,
+        "tasks": {"t": {"samples": 40, "metrics": {"acc": score, "ppl": perplexity}}, "u": {"error": "x"}},
+    }
     b = {"limit": None, "tasks": {"t": {"error": "x"}, "u": {"error": "x"}}}
     lines = format_table({"a": a, "long name": b}).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells[0] == ["task", "metric", "better", "a", "long name"]
+    assert cells[0] == ["task", "documents", "metric", "better", "a", "long name"]
     assert cells[2:] == [
-        ["t", "acc", "higher", "0.5000 +- 0.0123", "failed"],
-        ["t", "ppl", "lower", "12345.7", "failed"],
-        ["u", "", "", "failed", "failed"],
+        ["t", "40", "acc", "higher", "0.5000 +- 0.0123", "failed"],
+        ["t", "40", "ppl", "lower", "12345.7", "failed"],
+        ["u", "", "", "", "failed", "failed"],
     ]
+    other = a | {"tasks": {"t": a["tasks"]["t"] | {"samples": 7, "limit": 7}}}
+    table = format_table({"a": a, "b": other})
+    assert "| 40 / 7 " in table and "the first 7 documents of each of t," in table
     assert len({len(line) for line in lines}) == 1
     assert "only the first 7 documents" in format_table({"a": a | {"limit": 7}})
