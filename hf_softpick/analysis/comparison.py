@@ -7,7 +7,7 @@ import datetime
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +108,20 @@ def recipe_differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for key in keys:
         if len({json.dumps(recipe.get(key), sort_keys=True) for recipe in known}) > 1:
-            matters = key not in NOT_TRAINING and not key.startswith(NOT_TRAINING_PREFIXES)
             values = [recipe.get(key) if recipe is not None else None for recipe in recipes]
-            found.append({"key": key, "values": values, "training": matters})
+            found.append({"key": key, "values": values, "training": changes_training(key)})
     return sorted(found, key=lambda item: not item["training"])
+
+
+def changes_training(key: str) -> bool:
+    """Whether a recipe value, by its dotted key, can change what the model learns."""
+    return key not in NOT_TRAINING and not key.startswith(NOT_TRAINING_PREFIXES)
 
 
 def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]]) -> dict[str, Any]:
     """The softpick run and the softmax run whose recipes differ least; both scaled or neither, if there is a choice.
+
+    Runs come before models whose recipe is not known.
 
     Returns:
         softpick, softmax: labels, or None; other_differences: recipe keys besides the normalizer that differ and
@@ -137,7 +143,11 @@ def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]
     def scaled(run: dict[str, Any]) -> bool:
         return run["normalizer"].startswith("scaled_")
 
-    pairs = sorted(itertools.product(picks, baselines), key=lambda p: (len(others(*p)), scaled(p[0]) != scaled(p[1])))
+    def order(runs: tuple[dict[str, Any], dict[str, Any]]) -> tuple[int, bool, bool]:
+        without = any(run["recipe"] is None for run in runs)
+        return len(others(*runs)), scaled(runs[0]) != scaled(runs[1]), without
+
+    pairs = sorted(itertools.product(picks, baselines), key=order)
     if not pairs:
         first = next((run["label"] for run in picks), None)
         base = next((run["label"] for run in baselines), None)
@@ -187,6 +197,28 @@ def _undertrained_warnings(runs: list[dict[str, Any]], pair: dict[str, Any]) -> 
     return found
 
 
+def equal_groups(keys: Sequence[Hashable | None]) -> list[list[int]]:
+    """Places of equal keys, at least two a group: what may be ranked among itself. None belongs to no group."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key, []).append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def comparable(kind: str, runs: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Groups of runs whose results of one kind were measured under equal conditions and are not stale, by place."""
+    usable = [run[kind] and kind not in run["stale"] for run in runs]
+    conditions = [json.dumps([lookup(run[kind], path) for path in CONDITIONS[kind]], sort_keys=True) for run in runs]
+    return equal_groups([key if good else None for key, good in zip(conditions, usable, strict=True)])
+
+
+def ranked_among(kind: str, runs: Sequence[dict[str, Any]]) -> str:
+    """Which runs are ranked nevertheless, where `mismatch` says that conditions differ."""
+    groups = [" and ".join(runs[place]["label"] for place in group) for group in comparable(kind, runs)]
+    return f"ranked only among {'; among '.join(groups)}" if groups else "not ranked"
+
+
 def _pair_warnings(pair: dict[str, Any]) -> list[str]:
     if pair["softpick"] is None or pair["softmax"] is None:
         return []
@@ -203,7 +235,9 @@ def _mixed_conditions(runs: list[dict[str, Any]]) -> list[str]:
     found = []
     for kind in KINDS:
         if reason := mismatch(kind, runs):
-            found.append(f"{kind} was measured under different conditions and is not ranked: {reason}.")
+            found.append(
+                f"{kind} was measured under different conditions and is {ranked_among(kind, runs)}: {reason}."
+            )
     vocabularies = {run["label"]: run["model"].get("vocab_size") for run in runs if run["model"].get("vocab_size")}
     if len(set(vocabularies.values())) > 1:
         found.append(

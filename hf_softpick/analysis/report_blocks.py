@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from hf_softpick.analysis.comparison import mismatch
+from hf_softpick.analysis.comparison import mismatch, ranked_among
 from hf_softpick.analysis.report_figures import brief
 from hf_softpick.analysis.run_records import COMMANDS, finite, number
 
@@ -64,7 +64,8 @@ def percent(value: Any) -> str:
 def loss(value: Any) -> str:
     """A loss in nats, four decimals."""
     value = number(value)
-    return f"{value:.4f}" if value is not None and math.isfinite(value) else brief(value)
+    # No "-0.0000".
+    return f"{round(value, 4) + 0.0:.4f}" if value is not None and math.isfinite(value) else brief(value)
 
 
 def increase(value: Any) -> str:
@@ -101,16 +102,25 @@ def visible(token: str) -> str:
 
 
 def ranked(
-    label: str, values: Sequence[Any], better: str | None, show: Callable[[Any], str], margin: float = 0.0
+    label: str,
+    values: Sequence[Any],
+    better: str | None,
+    show: Callable[[Any], str],
+    groups: Sequence[Sequence[int]] = (),
+    margin: float = 0.0,
 ) -> list[str | Cell]:
-    """A row with the best value marked: better is "lower", "higher" or None; a lead up to `margin` marks nobody."""
+    """A row with the best value of each group of places marked: better is "lower", "higher" or None.
+
+    A lead up to `margin` marks nobody.
+    """
     numbers = [finite(value) for value in values]
-    known = sorted(n for n in numbers if n is not None)
-    best = None
-    if better and len(known) > 1:
-        ordered = known if better == "lower" else known[::-1]
-        best = ordered[0] if abs(ordered[0] - ordered[1]) > margin else None
-    return [label, *(Cell(show(v), n is not None and n == best) for v, n in zip(values, numbers, strict=True))]
+    best = set()
+    for group in groups if better else ():
+        order = sorted((i for i in group if numbers[i] is not None), key=numbers.__getitem__)
+        order = order if better == "lower" else order[::-1]
+        if len(order) > 1 and abs(numbers[order[0]] - numbers[order[1]]) > margin:
+            best.add(order[0])
+    return [label, *(Cell(show(value), i in best) for i, value in enumerate(values))]
 
 
 def missing(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
@@ -123,14 +133,11 @@ def missing(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
 
 
 def flags(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """What forbids ranking these results."""
+    """What forbids ranking these results, or some of them."""
     for run in runs:
         if kind in run["stale"]:
             yield Text(f"{run['label']}: {run['stale'][kind]}", "flag")
     if reason := mismatch(kind, runs):
-        yield Text(f"Measured under different conditions, so no side is marked: {reason}.", "flag")
-
-
-def rankable(kind: str, runs: Sequence[dict[str, Any]]) -> bool:
-    """Whether results of one kind may be held against each other."""
-    return not any(kind in run["stale"] for run in runs) and mismatch(kind, runs) is None
+        yield Text(
+            f"Measured under different conditions, so results are {ranked_among(kind, runs)}: {reason}.", "flag"
+        )

@@ -25,6 +25,8 @@ class Series(NamedTuple):
     run: int
     points: Sequence[tuple[float, float]]
     hollow: bool = False
+    names: Sequence[str] = ()
+    """Of the points, which then are not joined by a line."""
 
 
 def clean(text: object) -> str:
@@ -42,6 +44,7 @@ def brief(value: float | int | None) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
+    value = value or 0.0  # not -0.0
     size = abs(value)
     if size >= 1000:
         return f"{value:,.0f}"
@@ -91,9 +94,7 @@ def line_chart(
         from_zero: the y axis begins at 0 (or below).
         dots: mark every point, for few points.
     """
-    series = [
-        s._replace(points=[p for p in s.points if math.isfinite(p[1]) and (p[1] > 0 or not log_y)]) for s in series
-    ]
+    series = [s if s.names else s._replace(points=[p for p in s.points if _drawable(p[1], log_y)]) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return ""
@@ -142,15 +143,21 @@ def line_chart(
         dash = DASHES[s.run % COLOURS]
         style = f' stroke-dasharray="{dash}"' if dash else ""
         faint = " second" if s.hollow else ""
-        parts.append(f'<path class="line c{s.run % COLOURS}{faint}" d="{path}"{style}/>')
-        for x, y in s.points:
+        if not s.names:
+            parts.append(f'<path class="line c{s.run % COLOURS}{faint}" d="{path}"{style}/>')
+        for i, (x, y) in enumerate(s.points):
             where = clean(x_names[int(x)]) if x_names else f"{clean(x_label)} {brief(x if x % 1 else int(x))}"
+            where = f"{clean(s.names[i])}, {where}" if s.names else where
             kind = ("dot hollow" if s.hollow else "dot") if dots or s.hollow or len(s.points) == 1 else "hover"
             parts.append(
                 f'<circle class="{kind} c{s.run % COLOURS}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.5">'
                 f"<title>{clean(s.label)}, {where}: {brief(y)}</title></circle>"
             )
     return _svg(title, WIDTH, height, parts, "chart")
+
+
+def _drawable(y: float, log_y: bool) -> bool:
+    return math.isfinite(y) and (y > 0 or not log_y)
 
 
 def heat_map(

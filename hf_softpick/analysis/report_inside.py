@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hf_softpick.analysis.claims import largest
+from hf_softpick.analysis.comparison import comparable
 from hf_softpick.analysis.report_blocks import (
     Figure,
     Table,
@@ -12,7 +13,6 @@ from hf_softpick.analysis.report_blocks import (
     missing,
     percent,
     plain_number,
-    rankable,
     ranked,
     visible,
 )
@@ -121,11 +121,11 @@ SPARSITY_ROWS = (
 
 def statistics_table(caption: str, rows: Sequence[tuple], runs: list[dict[str, Any]]) -> Table:
     """Part of the summary of statistics.json of every run, with its sample size."""
-    rank = rankable("statistics", runs)
+    groups = comparable("statistics", runs)
     table = []
     for name, key, better, show in rows:
         values = [(largest(r) if key is None else lookup(r["statistics"], f"summary.{key}")) for r in runs]
-        table.append(ranked(name, values, better if rank else None, show))
+        table.append(ranked(name, values, better, show, groups))
     sample = [lookup(run["statistics"], "data.tokens") for run in runs]
     table.append(ranked("Tokens measured", sample, None, plain_number))
     return Table(caption, ["", *(run["label"] for run in runs)], table)

@@ -1,11 +1,12 @@
 """Sections of a comparison about what the models achieve: loss, quantization, tasks, passkey."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hf_softpick.analysis.claims import QUANTIZATION_TIE, measured_formats
-from hf_softpick.analysis.comparison import recipe_differences
+from hf_softpick.analysis.comparison import changes_training, comparable, equal_groups, recipe_differences
 from hf_softpick.analysis.report_blocks import (
     Cell,
     Figure,
@@ -17,7 +18,6 @@ from hf_softpick.analysis.report_blocks import (
     missing,
     percent,
     plain_number,
-    rankable,
     ranked,
     words,
 )
@@ -47,29 +47,35 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         drawings.append(("Second half", line_chart("Loss, second half", late, "step", "loss (nats per token)")))
     yield Figure("Training loss (line) and validation loss (circles).", drawings, runs=True)
     values = [run["curves"] or {} for run in runs]
-    obstacle = _unequal(runs)
-    if obstacle:
-        yield Text(f"The runs {obstacle}, so no loss is marked.", "flag")
-    lower = None if obstacle else "lower"
+    conditions = [_condition(run) for run in runs]
+    groups = equal_groups(conditions)
+    if obstacle := _unequal(runs):
+        among = "; ".join(" and ".join(runs[i]["label"] for i in group) for group in groups)
+        marked = f"losses are marked only among {among}" if among else "no loss is marked"
+        yield Text(f"The runs {obstacle}, so {marked}.", "flag")
     # Recipes may differ in how many rows they validate on.
-    same_rows = len({v.get("eval_tokens") for v in values}) == 1
+    validated = equal_groups([c and (c, v.get("eval_tokens")) for c, v in zip(conditions, values, strict=True)])
     rows = [
-        ranked("Training loss, mean of the last tenth", [v.get("last_train_loss") for v in values], lower, loss),
+        ranked(
+            "Training loss, mean of the last tenth", [v.get("last_train_loss") for v in values], "lower", loss, groups
+        ),
         ranked("  its log lines", [v.get("last_train_lines") for v in values], None, plain_number),
         ranked("  their standard deviation", [v.get("last_train_deviation") for v in values], None, loss),
-        ranked("Validation loss, last", [v.get("last_eval_loss") for v in values], lower if same_rows else None, loss),
+        ranked("Validation loss, last", [v.get("last_eval_loss") for v in values], "lower", loss, validated),
         ranked("  its tokens", [v.get("eval_tokens") for v in values], None, plain_number),
         ranked("Steps", [v.get("last_step") for v in values], None, plain_number),
         ranked("Tokens seen", [v.get("tokens_seen") for v in values], None, plain_number),
     ]
     yield Table("Loss in nats per token", ["", *(run["label"] for run in runs)], rows)
     machines = [_machine(run) for run in runs]
-    equal = len(set(machines)) == 1 and machines[0]
-    if not equal:
-        yield Text("The runs were trained on different or unknown hardware, so no throughput is marked.", "flag")
-    faster = "higher" if equal and _apart(values) else None
+    alike = equal_groups([machine or None for machine in machines])
+    if len(set(machines)) > 1 or not machines[0]:
+        among = "; ".join(" and ".join(runs[i]["label"] for i in group) for group in alike)
+        marked = f"throughput is marked only among {among}" if among else "no throughput is marked"
+        yield Text(f"The runs were trained on different or unknown hardware, so {marked}.", "flag")
+    alike = [group for group in alike if _apart([values[i] for i in group])]
     rows = [
-        ranked("Tokens per second, median", [v.get("tokens_per_second") for v in values], faster, _whole),
+        ranked("Tokens per second, median", [v.get("tokens_per_second") for v in values], "higher", _whole, alike),
         ranked("  20th percentile", [v.get("tokens_per_second_20") for v in values], None, _whole),
         ranked("  80th percentile", [v.get("tokens_per_second_80") for v in values], None, _whole),
         ranked("Peak memory, GiB", [v.get("memory_gib") for v in values], None, plain_number),
@@ -88,10 +94,22 @@ def _unequal(runs: Sequence[dict[str, Any]]) -> str | None:
     return f"differ in {', '.join(keys)}" if keys else None
 
 
+def _text_values(run: dict[str, Any]) -> dict[str, Any]:
+    """Of the recipe, what decides which tokens the losses are of."""
+    recipe = run["recipe"] or {}
+    return {k: v for k, v in recipe.items() if k.startswith(("data.", "tokenizer.")) and changes_training(k)}
+
+
+def _condition(run: dict[str, Any]) -> str | None:
+    """Equal for runs whose losses may be ranked; None for a model without curves."""
+    curves = run["curves"]
+    return json.dumps([curves["last_step"], _text_values(run)], sort_keys=True) if curves else None
+
+
 def _apart(values: list[dict[str, Any]]) -> bool:
     """Whether the fastest run's 20th percentile lies above every other's 80th."""
     known = sorted((v for v in values if v.get("tokens_per_second")), key=lambda v: -v["tokens_per_second"])
-    return all(known[0]["tokens_per_second_20"] > v["tokens_per_second_80"] for v in known[1:])
+    return bool(known) and all(known[0]["tokens_per_second_20"] > v["tokens_per_second_80"] for v in known[1:])
 
 
 def _whole(value: Any) -> str:
@@ -115,6 +133,7 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         return
     yield from flags("quantization", runs)
     measured = [measured_formats(run) for run in runs]
+    stored = [{name: finite(item.get("bits_per_weight")) for name, item in found.items()} for found in measured]
     bits = {name: finite(item.get("bits")) or 0 for found in measured for name, item in found.items()}
     order = sorted(bits, key=lambda name: (-bits[name], name))
     lines = []
@@ -128,21 +147,45 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     names = [f"{name} ({bits[name]:g} bit)" if str(int(bits[name])) not in name else name for name in order]
     title = "Loss increase by format, from many bits to few"
     chart = line_chart(title, lines, "format", "loss increase (nats)", x_names=names, from_zero=True, dots=True)
+    scatter = []
+    for i, (run, found, sizes) in enumerate(zip(runs, measured, stored, strict=True)):
+        known = [(sizes[name], finite(found[name].get("loss_increase")), name) for name in order if name in found]
+        known = [item for item in known if None not in item]
+        scatter.append(Series(run["label"], i, [item[:2] for item in known], names=[item[2] for item in known]))
+    heading, axis = "By bits stored for a weight", "bits stored per weight"
+    label = f"Loss increase {heading.lower()}, scales included"
+    plot = line_chart(label, scatter, axis, "loss increase (nats)", from_zero=True, dots=True)
     if chart:
-        yield Figure(f"{title}.", [("", chart)], runs=True)
-    rank, tie = "lower" if rankable("quantization", runs) else None, QUANTIZATION_TIE
-    rows: list[Sequence[str | Cell]] = [
-        ranked("unquantized: loss", [lookup(r["quantization"], "baseline.loss") for r in runs], rank, loss, tie)
-    ]
+        drawings = [*([(heading, plot)] if plot else []), ("By format, from many bits to few", chart)]
+        yield Figure("Loss increase under quantization.", drawings, runs=True)
+    yield Text(
+        "Losses here are over rows made for measuring, of beginnings of documents, in the unquantized model too; they "
+        "differ from the validation loss of training."
+    )
+    groups, tie = comparable("quantization", runs), QUANTIZATION_TIE
+    baseline = [lookup(run["quantization"], "baseline.loss") for run in runs]
+    rows: list[Sequence[str | Cell]] = [ranked("unquantized: loss", baseline, "lower", loss, groups, tie)]
     for name in order:
         values = [f.get(name, {}).get("loss_increase") for f in measured]
-        rows.append(ranked(f"{name}: loss increase", values, rank, increase, tie))
+        rows.append(ranked(f"{name}: loss increase", values, "lower", increase, groups, tie))
     for name in order:
-        rows.append(ranked(f"{name}: loss", [f.get(name, {}).get("loss") for f in measured], rank, loss, tie))
+        values = [f.get(name, {}).get("loss") for f in measured]
+        rows.append(ranked(f"{name}: loss", values, "lower", loss, groups, tie))
     for name, reasons in _unmeasured_formats(runs).items():
         rows.append([name, *reasons])
     caption = f"Loss in nats per token; a side is marked if it leads by more than {tie}"
     yield Table(caption, ["", *(run["label"] for run in runs)], rows)
+    rows = [[name, *(_size(found.get(name)) for found in measured)] for name in order]
+    if any(size is not None for sizes in stored for size in sizes.values()):
+        caption = "Bits stored for a quantized weight, scales included, and share of all parameters that is quantized"
+        yield Table(caption, ["Format", *(run["label"] for run in runs)], rows)
+
+
+def _size(item: dict[str, Any] | None) -> str:
+    bits, share = finite((item or {}).get("bits_per_weight")), finite((item or {}).get("quantized_share"))
+    if bits is None:
+        return "\u2013"
+    return f"{bits:.2f} bits" + ("" if share is None else f", {share:.1%}")
 
 
 def _unmeasured_formats(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -161,6 +204,12 @@ def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     if not any(run["downstream"] for run in runs):
         return
     yield from flags("downstream", runs)
+    limits = {run["label"]: limit for run in runs if (limit := lookup(run["downstream"], "limit")) is not None}
+    if limits:
+        shown = ", ".join(f"{label} {limit}" for label, limit in limits.items())
+        text = f"A trial: only the first documents of each task ({shown}); not comparable with full results."
+        yield Text(text, "flag")
+    groups = comparable("downstream", runs)
     tasks = dict.fromkeys(task for run in runs for task in (run["downstream"] or {}).get("tasks", {}))
     rows = []
     for task in tasks:
@@ -168,7 +217,7 @@ def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         results = [found.get(task) or {} for found in results]
         metrics = dict.fromkeys(metric for found in results for metric in found.get("metrics", {}))
         for metric in metrics:
-            rows.append(_task_row(f"{task}, {metric}", metric, results, rankable("downstream", runs)))
+            rows.append(_task_row(f"{task}, {metric}", metric, results, groups))
         if any("error" in found for found in results):
             rows.append([f"{task}, not measured", "\u2013", *(str(found.get("error", "\u2013")) for found in results)])
     caption = "Value and standard error; a side is marked if it leads by more than twice the joint standard error"
@@ -178,25 +227,28 @@ def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         yield Text("Prompts began with BOS in some runs only, each as it was trained.", "flag")
 
 
-def _task_row(label: str, metric: str, results: list[dict[str, Any]], rank: bool) -> list[str | Cell]:
+def _task_row(label: str, metric: str, results: list[dict[str, Any]], groups: list[list[int]]) -> list[str | Cell]:
     items = [found.get("metrics", {}).get(metric, {}) for found in results]
     values, errors = [finite(i.get("value")) for i in items], [finite(i.get("stderr")) for i in items]
     samples = dict.fromkeys(found.get("samples") for found in results if found.get("metrics"))
-    conditions = {str([found.get(k) for k in ("version", "num_fewshot", "samples")]) for found in results if found}
+    fields = ("version", "num_fewshot", "samples")
+    conditions = [str([found.get(name) for name in fields]) for found in results]
     higher = next((i["higher_is_better"] for i in items if i.get("higher_is_better") is not None), None)
-    order = sorted((i for i, v in enumerate(values) if v is not None), key=lambda i: values[i], reverse=bool(higher))
-    best = None
-    if rank and higher is not None and len(conditions) == 1 and len(order) > 1:
-        first, second = order[:2]
-        lead = abs(values[first] - values[second])
-        known = None not in (errors[first], errors[second])
-        best = first if known and lead > 2 * math.hypot(errors[first], errors[second]) else None
+    usable = {place for group in groups for place in group}
+    best = set()
+    for group in equal_groups(
+        [c if i in usable and values[i] is not None else None for i, c in enumerate(conditions)]
+    ):
+        first, second = sorted(group, key=values.__getitem__, reverse=bool(higher))[:2]
+        known = higher is not None and None not in (errors[first], errors[second])
+        if known and abs(values[first] - values[second]) > 2 * math.hypot(errors[first], errors[second]):
+            best.add(first)
     texts = [
         brief(v) + (f" \u00b1 {brief(e)}" if v is not None and e is not None else "")
         for v, e in zip(values, errors, strict=True)
     ]
     count = " / ".join(plain_number(n) for n in samples) or "\u2013"
-    return [label, count, *(Cell(text, i == best) for i, text in enumerate(texts))]
+    return [label, count, *(Cell(text, i in best) for i, text in enumerate(texts))]
 
 
 GRIDS = (
@@ -216,23 +268,23 @@ def passkey(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         for refused in run["passkey"].get("refused") or []:
             yield Text(f"{run['label']} refused: {refused if isinstance(refused, str) else words(refused)}.")
     samples = ", ".join(f"{run['label']} {run['passkey']['samples']}" for run in measured)
+    captions = {grid: f"{title}. Prompts per cell: {samples}." for grid, title in GRIDS}
+    if chances := {percent(chance) for run in measured if (chance := finite(run["passkey"].get("choice_chance")))}:
+        captions["choice_accuracy"] += f" Chance is {' / '.join(sorted(chances))}."
     for grid, title in GRIDS:
         drawings = [(run["label"], _grid(run, grid, title)) for run in measured if run["passkey"].get(grid)]
-        chance = finite(measured[0]["passkey"].get("choice_chance")) if grid != "accuracy" else None
-        guess = f" Chance is {percent(chance)}." if chance else ""
         if drawings:
-            caption = f"{title}. Prompts per cell: {samples}.{guess}"
-            yield Figure(caption, drawings, colour_bar("share of keys", percent=True))
+            yield Figure(captions[grid], drawings, colour_bar("share of keys", percent=True))
     if len({str(run["passkey"]["depths"]) for run in measured}) == 1:
         header = ["Run", "Tokens", *(f"depth {depth:.0%}" for depth in measured[0]["passkey"]["depths"])]
-        for grid, title in GRIDS:
+        for grid, _ in GRIDS:
             rows = [
                 [run["label"], f"{length:,}", *map(percent, row)]
                 for run in measured
                 for length, row in zip(run["passkey"]["lengths"], run["passkey"].get(grid) or [], strict=False)
             ]
             if rows:
-                yield Table(title, header, rows, folded=True)
+                yield Table(captions[grid].removesuffix("."), header, rows, folded=True)
 
 
 def _grid(run: dict[str, Any], grid: str, title: str) -> str:

@@ -135,8 +135,11 @@ def _method(comparison: dict[str, Any]) -> Iterator[Table | Text]:
             for name in names
         ]
         if kind == "downstream":
-            counts = [{t: f.get("samples") for t, f in r[kind].get("tasks", {}).items()} for r in measured]
+            counts = [
+                {t: f.get("samples") or "not measured" for t, f in r[kind].get("tasks", {}).items()} for r in measured
+            ]
             rows.append(["samples", *(words(c) for c in counts)])
+            rows.append(["limit", *(value_text(r[kind].get("limit")) for r in measured)])
         if kind == "passkey":
             rows.append(["samples per cell", *(value_text(r[kind].get("samples")) for r in measured)])
         for name in ("dtype", "attn_implementation", "trained_steps", "add_bos"):

@@ -119,6 +119,8 @@ def quantization(name: str, normalizer: str, increases: dict[str, Any]) -> dict[
         {
             "format": f,
             "bits": int(f[-1]),
+            "bits_per_weight": int(f[-1]) + 0.25,
+            "quantized_share": 0.753,
             "status": "measured",
             "loss_increase": x,
             "loss": x if isinstance(x, str) else 3 + x,

@@ -4,10 +4,11 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from comparison_cases import downstream, full, maps, statistics, write, write_pair, write_run
+from comparison_cases import downstream, full, maps, quantization, statistics, write, write_pair, write_run
 
 from hf_softpick.analysis.claims import judge
 from hf_softpick.analysis.comparison import gather
+from hf_softpick.analysis.report_blocks import increase, loss
 from hf_softpick.analysis.report_figures import Series, brief, heat_map, line_chart, log_ticks, ticks
 from hf_softpick.analysis.report_html import render_html
 from hf_softpick.analysis.report_markdown import render_markdown
@@ -141,7 +142,76 @@ def test_nothing_is_marked_where_conditions_differ(tmp_path):
     text = render_html(found)
     rows = dict(re.findall(r'<tr><th scope="row"[^>]*>([^<]+)</th>(.*?)</tr>', text))
     assert marked(rows["Kurtosis, mean over layers"]) == [] and marked(rows["piqa, acc"]) == []
-    assert text.count("other text") >= 2 and "no side is marked" in text
+    assert text.count("other text") >= 2 and "results are not ranked: description differs" in text
+
+
+def test_a_foreign_model_does_not_stop_the_others_from_being_ranked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = write_pair(tmp_path)
+    foreign = write_run(tmp_path, "other", "softmax") / "final"
+    foreign = foreign.rename(tmp_path / "foreign")
+    results = {
+        "statistics": statistics("foreign", "softmax", 0.0, 1.0, 1.0, 0.0),
+        "quantization": quantization("foreign", "softmax", {"int8": -9.0, "int4": -9.0}),
+        "downstream": downstream("foreign", "softmax", 0.99),
+    }
+    results["downstream"]["tasks"]["piqa"]["samples"] = 20
+    for kind, record in results.items():
+        record["data"] = {**record.get("data", {}), "description": "other text", "tokens": 77}
+        record["model"]["path"] = str(foreign)
+        write(tmp_path / f"report/foreign/{kind}.json", record)
+    found = gather([foreign, *runs])
+    found["claims"] = judge(found)
+    assert [row["verdict"] for row in found["claims"]] == ["reproduced"] * 7
+    text = render_html(found)
+    rows = dict(re.findall(r'<tr><th scope="row"[^>]*>([^<]+)</th>(.*?)</tr>', text))
+    assert marked(rows["Kurtosis, mean over layers"]) == ["340"] and marked(rows["int4: loss increase"]) == ["+0.1000"]
+    assert marked(rows["piqa, acc"]) == ["0.65 \u00b1 0.01"]
+    assert marked(rows["Training loss, mean of the last tenth"]) == ["3.0006"]
+    assert len(marked(rows["Validation loss, last"])) == 1
+    for part in (text, render_markdown(found).replace("\\", "")):
+        assert "ranked only among softmax-a and softpick-a: description differs" in part
+
+
+def test_runs_on_other_data_are_ranked_among_themselves(tmp_path):
+    runs = write_pair(tmp_path) + [write_run(tmp_path, "far", "softmax", 2.0, data__seq_len=512)]
+    found = gather(runs)
+    found["claims"] = judge(found)
+    text = render_html(found)
+    rows = dict(re.findall(r'<tr><th scope="row"[^>]*>([^<]+)</th>(.*?)</tr>', text))
+    assert marked(rows["Training loss, mean of the last tenth"]) == ["3.0006"]
+    assert "losses are marked only among softmax-a and softpick-a" in text
+
+
+def test_quantization_by_stored_bits(comparison):
+    text = render_html(comparison)
+    (chart,) = [svg for svg in text.split("<svg")[1:] if 'aria-label="Loss increase by bits stored' in svg]
+    assert "<title>softpick-a, int2, bits stored per weight 2.25: 2.2</title>" in chart
+    assert 'class="line' not in chart.split("</svg>")[0] and chart.count("<circle") == 6
+    assert "| int2 | 2.25 bits, 75.3% | 2.25 bits, 75.3% |" in render_markdown(comparison).replace("\\", "")
+    assert "differ from the validation loss of training" in text
+
+
+def test_a_small_negative_number_is_zero():
+    assert [loss(-0.00001), increase(-0.00001), brief(-0.0), loss(-0.00006)] == ["0.0000", "0.0000", "0", "-0.0001"]
+
+
+def test_passkey_tables_state_prompts_and_chance(comparison):
+    text = render_markdown(comparison).replace("\\", "")
+    assert "Share of keys written out. Prompts per cell: softmax-a 5, softpick-a 5:" in text
+    assert "among distractors. Prompts per cell: softmax-a 5, softpick-a 5. Chance is 10.00%:" in text
+
+
+def test_trials_and_failed_tasks_are_named(tmp_path, comparison):
+    runs = write_pair(tmp_path)
+    record = {**downstream("softpick-a", "softpick", 0.65), "limit": 20}
+    write(runs[1] / "report/downstream.json", record)
+    found = gather(runs)
+    found["claims"] = judge(found)
+    for text in (render_html(found), render_markdown(found).replace("\\", "")):
+        assert "A trial: only the first documents of each task (softpick-a 20)" in text
+        assert "sciq not measured" in text and "sciq None" not in text and "acc None" not in text
+    assert "A trial" not in render_html(comparison)
 
 
 def test_losses_on_different_data_are_not_ranked(tmp_path):
