@@ -82,7 +82,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _format(name: str, result: dict[str, Any]) -> str:
-    lines = [f"{name}: share found, written / chosen among {round(1 / result['choice_chance'])} numbers"]
+    count, chance = result["samples"], result["choice_chance"]
+    lines = [
+        f"{name}: share found, written / chosen among {round(1 / chance)} numbers, "
+        f"of {count} prompt{'s' if count > 1 else ''} a cell; chance 0.00 / {chance:.2f}"
+    ]
     lines.append("tokens  " + "".join(f"{f'depth {depth:g}':>14}" for depth in result["depths"]))
     for length, written, chosen in zip(result["lengths"], result["accuracy"], result["choice_accuracy"], strict=True):
         cells = "".join(f"{f'{a:.2f} / {b:.2f}':>14}" for a, b in zip(written, chosen, strict=True))

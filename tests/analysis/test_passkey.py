@@ -252,6 +252,7 @@ def test_the_command(tmp_path, softpick):
     assert {key: saved[key] for key in in_process} == json.loads(json.dumps(in_process))
     assert (tmp_path / "out" / "passkey.png").stat().st_size > 5000
     assert "depth 0" in done.stdout and "150" in done.stdout
+    assert "chosen among 10 numbers, of 2 prompts a cell; chance 0.00 / 0.10" in done.stdout
 
     refused = run(tmp_path / "model", "--lengths", "1024")
     assert refused.returncode == 2 and "--beyond" in refused.stderr and "Traceback" not in refused.stderr
