@@ -4,7 +4,9 @@
 
 Writes DIR/comparison.html (one file, no network), comparison.md and comparison.json from what the runs recorded and
 from the results in their report folders. What is missing is named with the command that measures it; --measure does
-it first; if that fails, the report says so and the exit code is the measurement's. Exit codes: 0 done, 2 command line,
+it first; if that fails, the report says so and the exit code is the measurement's. Statistics and quantization are
+measured on the text of each run's recipe, or, if a model has no run, on that of the first run for all; --data,
+--seq-len and --samples choose another. Exit codes: 0 done, 2 command line,
 3 data, 4 no model, 6 storage.
 """
 
@@ -14,11 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common import at_least
+
 from hf_softpick.commands import exit_code
 from hf_softpick.errors import RecipeError, StorageError, UserError
 
 # Of this folder, by the kind of result that they write.
 SCRIPTS = {"statistics": "activations.py", "passkey": "passkey.py", "quantization": "quantization.py"}
+# Of these, the kinds that are measured on rows of text.
+ON_TEXT = ("statistics", "quantization")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=(),
         help=f"measure first, comma-separated: {', '.join(SCRIPTS)}",
     )
+    text = parser.add_argument_group("text", "the same for all, with --measure statistics or quantization")
+    text.add_argument(
+        "--data",
+        metavar="RECIPE|FILE|DATASET",
+        help="default each run's recipe; if a model has no run, the first run's for all",
+    )
+    text.add_argument("--seq-len", type=at_least(2), metavar="N", help="tokens of a row; default the recipe's")
+    text.add_argument("--samples", type=at_least(1), metavar="N", help="rows")
     maps = parser.add_argument_group("attention maps")
     maps.add_argument("--text", help="short text that the maps are drawn of")
     maps.add_argument(
@@ -92,7 +106,8 @@ def compare(options: argparse.Namespace) -> int:
     if results is not None and not results.is_dir():
         raise RecipeError(f"--results {results} is not a folder")
     gather(options.runs, results)  # wrong folders are named before anything long begins
-    failed = [(kind, *failure) for kind in options.measure for failure in measure(kind, options)]
+    text = text_arguments(options)
+    failed = [(kind, *failure) for kind in options.measure for failure in measure(kind, options, text)]
     comparison = gather(options.runs, results)
     comparison["warnings"] += [f"Measuring {kind} of {run} ended with exit code {code}." for kind, run, code in failed]
     if not options.no_maps:
@@ -109,8 +124,37 @@ def compare(options: argparse.Namespace) -> int:
     return failed[0][2] if failed else 0
 
 
-def measure(kind: str, options: argparse.Namespace) -> list[tuple[str, int]]:
+def text_arguments(options: argparse.Namespace) -> list[str]:
+    """What the measuring scripts are told about the text, so that all models read the same; a choice is printed.
+
+    Raises:
+        RecipeError: text was chosen, but nothing is measured on it.
+    """
+    from hf_softpick.analysis.loading import locate
+    from hf_softpick.analysis.run_records import read_recipe
+
+    given = {"--data": options.data, "--seq-len": options.seq_len, "--samples": options.samples}
+    measured = [kind for kind in options.measure if kind in ON_TEXT]
+    if not measured:
+        if names := [name for name, value in given.items() if value is not None]:
+            raise RecipeError(f"{', '.join(names)} need --measure with {' or '.join(ON_TEXT)}")
+        return []
+    folders = [locate(run)[1] for run in options.runs]
+    first = next((folder for folder in folders if folder is not None), None)
+    if options.data is None and None in folders and first is not None:
+        given["--data"] = str(first / "recipe.yaml")
+        length = (read_recipe(first / "recipe.yaml") or {}).get("data.seq_len")
+        given["--seq-len"] = options.seq_len or length
+        without = ", ".join(run for run, folder in zip(options.runs, folders, strict=True) if folder is None)
+        rows = f", rows of {given['--seq-len']} tokens" if given["--seq-len"] else ""
+        print(f"{without} has no run of its own: all are measured on {given['--data']}{rows}", flush=True)
+    return [part for name, value in given.items() if value is not None for part in (name, str(value))]
+
+
+def measure(kind: str, options: argparse.Namespace, text: Sequence[str] = ()) -> list[tuple[str, int]]:
     """Run the script of `kind` on all runs, each in turn, so that one model is in memory at a time.
+
+    `text` is what `text_arguments` returns.
 
     Returns:
         (run, exit code) of those that failed; the script has said why.
@@ -118,6 +162,7 @@ def measure(kind: str, options: argparse.Namespace) -> list[tuple[str, int]]:
     failed = []
     command = [sys.executable, str(Path(__file__).with_name(SCRIPTS[kind]))]
     extra = [*(["--device", options.device] if options.device else [])]
+    extra += text if kind in ON_TEXT else []
     extra += ["--trust-remote-code"] if options.trust_remote_code else []
     for run in options.runs:
         out = []

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from training_runs import REPOSITORY, environment, train, write_recipe
@@ -52,13 +53,62 @@ def test_two_runs(runs, tmp_path):
 
 
 @pytest.fixture
-def main(monkeypatch):
-    """The script's own main: a process for each mistake would take minutes."""
+def script(monkeypatch):
+    """The script as a module."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     specification = importlib.util.spec_from_file_location("compare_script", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
+    return module
+
+
+@pytest.fixture
+def main(script):
+    """The script's own main: a process for each mistake would take minutes."""
+    return lambda *arguments: script.main([str(argument) for argument in arguments])
+
+
+def test_all_models_are_measured_on_one_text(runs, tmp_path, monkeypatch, capsys, script, main):
+    model = shutil.copytree(runs[1] / "final", tmp_path / "model")
+    commands = []
+
+    def record(command, **_):
+        commands.append([str(part) for part in command[1:]])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", record)
+    arguments = ("--out", tmp_path / "report", "--no-maps", "--measure", "statistics,passkey,quantization")
+    recipe = str(runs[0] / "recipe.yaml")
+
+    def texts(*more):
+        commands.clear()
+        assert main(*more, *arguments) == 0
+        found = {}
+        for name, _, *rest in commands:
+            found.setdefault(Path(name).stem, set()).add(" ".join(rest))
+        return found
+
+    # Runs have recipes of their own.
+    assert texts(*runs) == {"activations": {""}, "passkey": {""}, "quantization": {""}}
+    assert "no run of its own" not in capsys.readouterr().out
+    one = {f"--data {recipe} --seq-len 64"}
+    assert texts(model, runs[0]) == {"activations": one, "passkey": {""}, "quantization": one}
+    said = capsys.readouterr().out
+    assert f"{model} has no run of its own: all are measured on {recipe}, rows of 64 tokens" in said
+    one = {"--data stdlib --seq-len 32 --samples 4"}
+    assert texts(*runs, "--data", "stdlib", "--seq-len", "32", "--samples", "4")["quantization"] == one
+    assert texts(model, runs[0], "--samples", "4")["activations"] == {f"--data {recipe} --seq-len 64 --samples 4"}
+
+
+@pytest.mark.slow
+def test_a_model_without_a_run_is_judged_on_the_text_of_the_run(runs, tmp_path, monkeypatch, main):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs[1] / "final", tmp_path / "model")
+    arguments = ("--measure", "statistics", "--samples", "3", "--results", tmp_path, "--out", tmp_path / "report")
+    assert main("model", runs[0], *arguments, "--no-maps") == 0
+    data = [json.loads((tmp_path / name / "statistics.json").read_text())["data"] for name in ("model", "softmax")]
+    assert data[0] == data[1] and data[0]["rows"] == 3 and "validation split" in data[0]["description"]
 
 
 @pytest.mark.slow
@@ -81,6 +131,7 @@ def test_mistakes_are_one_message_and_an_exit_code(runs, tmp_path, capsys, main)
     cases = [
         ((runs[0], "--out", tmp_path), 2, "at least two"),
         ((*runs, "--out", tmp_path, "--results", tmp_path / "none"), 2, "is not a folder"),
+        ((*runs, "--out", tmp_path, "--samples", 4), 2, "--samples need --measure with statistics or quantization"),
         ((*runs, "--out", tmp_path, "--heads", "9.9"), 2, "has no head 9.9"),
         ((runs[0], tmp_path / "nowhere", "--out", tmp_path), 4, "nowhere is neither a folder nor a Hub id"),
         ((*runs, "--out", runs[0] / "recipe.yaml" / "x", "--no-maps"), 6, "cannot be made"),
