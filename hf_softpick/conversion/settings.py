@@ -6,6 +6,7 @@ does; scaled variants multiply queries by s_h * log(position + 2), as here; a wi
 means the query itself and the window_size - 1 tokens before it, as here.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from hf_softpick.errors import CheckpointError
@@ -113,6 +114,8 @@ def read_settings(raw: dict[str, Any]) -> Settings:
         CheckpointError: a model type, field or value that our configuration cannot express.
     """
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"model_type is {model_type!r}, expected one of {', '.join(map(repr, _ARCHITECTURES))}.")
     if model_type not in _ARCHITECTURES:
         why = _REFUSED_TYPES.get(model_type, "it is not one of " + ", ".join(map(repr, _ARCHITECTURES)))
         raise CheckpointError(f"model_type {model_type!r} cannot be converted: {why}.")
@@ -150,7 +153,7 @@ def _ancestor(raw: dict[str, Any]) -> Settings:
                 f"{key} is {values[key]!r}: {what} cannot be expressed. Only {allowed!r} is possible."
             )
     implementation = values["attn_impl"]
-    if implementation not in NORMALIZER_OF:
+    if not isinstance(implementation, str) or implementation not in NORMALIZER_OF:
         raise CheckpointError(
             f"attn_impl {implementation!r} is unknown, expected one of {', '.join(NORMALIZER_OF)}. Its mathematics "
             "cannot be guessed."
@@ -162,8 +165,9 @@ def _ancestor(raw: dict[str, Any]) -> Settings:
             "was trained."
         )
     for key in ("hidden_size", "num_hidden_layers", "num_heads", "norm_eps", "rope_theta", "max_position_embeddings"):
-        if isinstance(values[key], bool) or not isinstance(values[key], int | float) or not values[key] > 0:
-            raise CheckpointError(f"{key} is {values[key]!r}, expected a number above 0.")
+        _check_positive(key, values[key])
+    if values["hidden_ratio"] is not None:
+        _check_positive("hidden_ratio", values["hidden_ratio"])
     if values["hidden_size"] % values["num_heads"]:
         raise CheckpointError(
             f"hidden_size {values['hidden_size']} is not a multiple of num_heads {values['num_heads']}."
@@ -242,7 +246,17 @@ def _llama_family(raw: dict[str, Any], model_type: str) -> Settings:
     except Exception as error:  # the strict configuration classes raise several kinds
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json is no configuration of {model_type}: {reason}") from None
-    rope = read.rope_parameters or {}
+    _check_positive("rms_norm_eps", read.rms_norm_eps)
+    if "rope_theta" in raw:
+        _check_positive("rope_theta", raw["rope_theta"])
+    rope = read.rope_parameters
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"rope_parameters is {rope!r}, expected an object with rope_theta.")
+    _check_positive("rope_theta in rope_parameters", rope.get("rope_theta"))
+    for key, value in rope.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise CheckpointError(f"{key} in rope_parameters is {value!r}, expected finite numbers.")
     kinds = ["default", *(kind for kind in ROPE_INIT_FUNCTIONS if kind != "default")]
     if rope.get("rope_type", "default") not in kinds:
         raise CheckpointError(f"rope_type {rope['rope_type']!r} is unknown, expected one of {', '.join(kinds)}.")
@@ -260,6 +274,12 @@ def _llama_family(raw: dict[str, Any], model_type: str) -> Settings:
             mapping.append({"source": key, "value": raw[key], "given": True, "target": "rope_parameters", "as": value})
     config.update(normalizer="softmax")
     return Settings(model_type, config, "softmax", mapping, _without_effect(raw, mapping), [])
+
+
+def _check_positive(key: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:  # NaN fails both
+        raise CheckpointError(f"{key} is {value!r}, expected a finite number above 0.")
 
 
 def _unknown(raw: dict[str, Any], known: set[str]) -> dict[str, Any]:
