@@ -1,11 +1,12 @@
-"""Perplexity of quantized models: bits against perplexity, in every format whose library is installed.
+"""Loss of quantized models: stored bits against the increase of the loss, in every format whose library is installed.
 
     python eval/quantization.py RUN [RUN ...] [--formats all|NAME ...] [--data FILE] [--tasks NAME,...]
 
 The model is loaded anew in each format and measured on the same rows. A format that is missing or refuses is named at
 the end; one that leaves every weight in float is refused. Writes quantization.json after each format, and
-quantization.png. Exit codes: 0 at least one format measured for every model, 2 command line, 3 data or nothing
-measured, 4 model, 6 storage.
+quantization.png; with --out and several models also one picture of all.
+Exit codes: 0 at least one format measured for every model, 2 command line, 3 data or nothing measured, 4 model,
+6 storage.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def _run(options: argparse.Namespace) -> int:
     formats = parse_formats(options.formats)
 
     from hf_softpick.analysis.loading import describe
-    from hf_softpick.analysis.quantization import format_table, measure_quantization, plot_quantization
+    from hf_softpick.analysis.quantization import measure_quantization
+    from hf_softpick.analysis.quantization_results import format_last, format_table, plot_quantization
     from hf_softpick.files import write_json
     from hf_softpick.versions import versions
 
@@ -70,8 +72,13 @@ def _run(options: argparse.Namespace) -> int:
             return samples_for(options, loaded, calibration)
 
         def save(result: dict[str, Any], folder: Path = folder, head: dict[str, Any] = head, begin=begin) -> None:
-            seconds = round(time.perf_counter() - begin, 3)
-            write_json(folder / "quantization.json", {**head, "versions": versions(), "seconds": seconds, **result})
+            if result["formats"]:  # the baseline alone does not replace an earlier file
+                seconds = round(time.perf_counter() - begin, 3)
+                write_json(
+                    folder / "quantization.json", {**head, "versions": versions(), "seconds": seconds, **result}
+                )
+            if not sys.stderr.isatty():  # where no bar is drawn
+                print(f"{head['model']['name']}: {format_last(result)}", file=sys.stderr, flush=True)
 
         result = measure_quantization(
             lambda source=source, **arguments: load(options, source, **arguments),
@@ -90,8 +97,8 @@ def _run(options: argparse.Namespace) -> int:
             print(f"\n{_task_table(result, options.limit)}")
         if not any(entry["status"] == "measured" for entry in result["formats"]):
             nothing.append(name)
-    if len(results) > 1:
-        path = Path(options.out or "report", "quantization.png")
+    if len(results) > 1 and options.out:
+        path = Path(options.out, "quantization.png")
         plot_quantization(results, path)
         print(f"\nall models: {path}")
     if nothing:

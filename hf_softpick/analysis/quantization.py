@@ -6,8 +6,8 @@ A figure counts only where weights were quantized: layers are looked into, and w
 import gc
 import inspect
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.analysis.quantization_formats import (
-    FORMATS,
     GROUP_SIZES,
     Format,
     QuantizationRefused,
@@ -31,7 +30,6 @@ from hf_softpick.errors import CheckpointError, DataError
 _LARGEST_EXPONENT = 700
 _TILE = 64
 """What every library takes: groups are of 32 to 128 weights, blocks of bitsandbytes on the CPU of 64."""
-_MARKERS = "osDdP^v<*Xph8"
 
 
 class Storage(NamedTuple):
@@ -59,7 +57,7 @@ def measure_quantization(
         load: `load_model` of one model; takes dtype, device_map and quantization_config.
         samples_of: the rows to measure on, and with True those that a format may calibrate on.
         evaluate: downstream tasks of a loaded model, {task: result}.
-        after_each: called with the results so far.
+        after_each: called with the results so far, first with the baseline alone.
 
     Returns:
         data, baseline and formats of quantization.json. A loss that is not finite is one: NaN is never averaged away.
@@ -78,6 +76,7 @@ def measure_quantization(
     rows = list(batches(samples, batch_size))
     bar = tqdm(total=(len(formats) + 1) * len(rows), desc="as saved", unit="batch", disable=not progress)
     try:
+        started = time.perf_counter()
         loss, tokens = token_loss(model, rows, bar.update)
         baseline = {
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -85,6 +84,7 @@ def measure_quantization(
             "loss": loss,
             "perplexity": perplexity(loss),
             "tasks": evaluate(loaded) if evaluate else {},
+            "seconds": round(time.perf_counter() - started, 3),
         }
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sizes = {layer.in_features for _, layer in _linear_layers(model)}
@@ -98,9 +98,11 @@ def measure_quantization(
             "baseline": baseline,
             "formats": [],
         }
+        if after_each:
+            after_each(result)
         for item in formats:
             bar.set_description(item.name)
-            begin = bar.n
+            begin, started = bar.n, time.perf_counter()
             _free()
             entry = {"format": item.name, "library": library(item), "bits": item.bits}
             result["formats"].append(
@@ -109,6 +111,7 @@ def measure_quantization(
                     item, load, request, rows, baseline["loss"], parameters, odd_layers, evaluate, bar.update
                 )
             )
+            result["formats"][-1]["seconds"] = round(time.perf_counter() - started, 3)
             bar.update(begin + len(rows) - bar.n)
             if after_each:
                 after_each(result)
@@ -267,74 +270,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """The results of one model as a Markdown table, and under it what was not measured and why."""
-    baseline = result["baseline"]
-    lines = [
-        "| format | bits | stored bits a weight | loss | increase | perplexity |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        f"| as saved ({baseline['dtype']}) | {baseline['bits']} | {baseline['bits']} | {baseline['loss']:.4f} | "
-        f"| {baseline['perplexity']:.2f} |",
-    ]
-    left = []
-    for entry in result["formats"]:
-        if entry["status"] == "measured":
-            lines.append(
-                f"| {entry['format']} | {entry['bits']} | {entry['bits_per_weight']:.2f} | {entry['loss']:.4f} | "
-                f"{entry['loss_increase']:+.4f} | {entry['perplexity']:.2f} |"
-            )
-            if entry["in_float"]:
-                count = len(entry["in_float"])
-                left.append(f"{entry['format']}: {count} layers stayed in float, for instance {entry['in_float'][0]}")
-        else:
-            left.append(f"{entry['format']}: {entry['status']}: {entry['reason']}")
-    return "\n".join([*lines, *([""] + left if left else [])])
-
-
-def plot_quantization(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw perplexity over the bits of a weight, one colour a model; formats whose loss is not finite are named above.
-
-    Args:
-        results: by name of the model.
-        path: the PNG to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    broken = []
-    for index, (name, result) in enumerate(results.items()):
-        color = f"C{index}"
-        axes.axhline(result["baseline"]["perplexity"], color=color, linestyle="--", linewidth=1, label=name)
-        for entry in result["formats"]:
-            if entry["status"] != "measured":
-                continue
-            if not math.isfinite(entry["perplexity"]):
-                broken.append(f"{name} {entry['format']}: {entry['loss']}")
-                continue
-            number = list(FORMATS).index(entry["format"]) if entry["format"] in FORMATS else len(FORMATS)
-            # Formats of equal bits stand side by side.
-            x = entry["bits"] * 2 ** (0.06 * (number - len(FORMATS) / 2))
-            axes.plot(x, entry["perplexity"], color=color, marker=_MARKERS[number], linestyle="", markersize=6)
-    for number, name in enumerate(FORMATS):
-        if any(
-            entry["format"] == name and "loss" in entry for result in results.values() for entry in result["formats"]
-        ):
-            axes.plot([], [], color="gray", marker=_MARKERS[number], linestyle="", label=name)
-    axes.set(xlabel="bits of a weight (dashed: as saved)", ylabel="perplexity", xscale="log", yscale="log")
-    axes.set_xticks((2, 4, 8), ("2", "4", "8"))
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    axes.set_xlim(1.4, 11.5)
-    if broken:
-        axes.set_title("not finite: " + ", ".join(broken), fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -107,10 +107,15 @@ def _hqq(bits: int) -> Callable[["PreTrainedModel", Request], None]:
         from hqq.core.quantize import BaseQuantizeConfig
         from hqq.models.hf.base import AutoHQQHFModel
 
+        class Quiet(AutoHQQHFModel):
+            """quantize_model does not hand on the switch of its two progress bars."""
+
+            @classmethod
+            def patch_model(cls, *args: Any, **kwargs: Any) -> None:
+                super().patch_model(*args, **kwargs, verbose=False)
+
         config = BaseQuantizeConfig(nbits=bits, group_size=min(64, request.group_size), axis=1)
-        AutoHQQHFModel.quantize_model(
-            model, quant_config=config, compute_dtype=request.dtype, device=str(request.device)
-        )
+        Quiet.quantize_model(model, quant_config=config, compute_dtype=request.dtype, device=str(request.device))
 
     return apply
 

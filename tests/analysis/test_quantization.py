@@ -4,6 +4,7 @@ is missing, refuses or does nothing is named."""
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -16,14 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_softpick.analysis import quantization, quantization_formats
 from hf_softpick.analysis.loading import load_model
-from hf_softpick.analysis.quantization import (
-    format_table,
-    measure_quantization,
-    plot_quantization,
-    quantized_storage,
-    token_loss,
-)
+from hf_softpick.analysis.quantization import measure_quantization, quantized_storage, token_loss
 from hf_softpick.analysis.quantization_formats import FORMATS, Format, parse_formats
+from hf_softpick.analysis.quantization_results import (
+    draw_quantization,
+    format_last,
+    format_table,
+    plot_quantization,
+)
 from hf_softpick.analysis.samples import batches, load_samples
 from hf_softpick.errors import CheckpointError, RecipeError
 
@@ -99,7 +100,7 @@ def test_every_installed_format_quantizes_and_fewer_bits_cost_more(folders, text
         parse_formats(INSTALLED),
         after_each=lambda result: seen.append(len(result["formats"])),
     )
-    assert seen == list(range(1, len(INSTALLED) + 1))
+    assert seen == list(range(len(INSTALLED) + 1))
     entries = {entry["format"]: entry for entry in result["formats"]}
     assert {name: entry["status"] for name, entry in entries.items()} == dict.fromkeys(INSTALLED, "measured")
     loaded = load_model(folders[normalizer])
@@ -258,12 +259,69 @@ def test_names_of_formats():
     )
 
 
-def test_the_plot_names_what_is_not_finite(tmp_path):
-    entry = {"format": "quanto-int4", "status": "measured", "bits": 4, "loss": 1.0, "perplexity": math.exp(1)}
-    broken = entry | {"format": "bnb-int8", "bits": 8, "loss": math.nan, "perplexity": math.nan}
-    result = {"baseline": {"perplexity": 2.0}, "formats": [entry, broken, {"format": "x", "status": "missing"}]}
-    plot_quantization({"a": result, "b": result}, tmp_path / "new" / "plot.png")
+def _entry(name, bits, increase):
+    loss = 1.0 + increase
+    entry = {"format": name, "status": "measured", "bits": round(bits), "bits_per_weight": bits, "in_float": []}
+    return entry | {
+        "loss": loss,
+        "loss_increase": increase,
+        "perplexity": math.exp(loss),
+        "quantized_share": 0.753,
+        "seconds": 2.04,
+    }
+
+
+def _result(*entries):
+    baseline = {"dtype": "float32", "bits": 32, "loss": 1.0, "perplexity": math.e, "seconds": 1.0}
+    return {"baseline": baseline, "data": {"tokens": 8106, "description": "of b.txt"}, "formats": list(entries)}
+
+
+def test_the_plot_shows_stored_bits_and_the_increase(tmp_path):
+    """One colour a model, one marker a format, and what is not finite in the title."""
+    from matplotlib.figure import Figure
+
+    first, second = _entry("quanto-int4", 4.61, 0.02), _entry("torchao-int4", 8.4, -1e-5)
+    broken, absent = _entry("bnb-int8", 8.1, math.nan), {"format": "x", "status": "missing", "reason": "none"}
+    results = {"a": _result(first, broken, second, absent), "b": _result(first)}
+    figure = Figure()
+    draw_quantization(results, figure)
+    (axes,) = figure.axes
+    points = {line.get_label(): line for line in axes.lines if " " in line.get_label()}
+    assert list(points) == ["a quanto-int4", "a torchao-int4", "b quanto-int4"]
+    places = [(*line.get_xdata(), *line.get_ydata()) for line in points.values()]
+    assert places == [(4.61, 0.02), (8.4, -1e-5), (4.61, 0.02)]
+    a4, a8, b4 = points.values()
+    assert a4.get_color() == a8.get_color() != b4.get_color()
+    assert a4.get_marker() == b4.get_marker() != a8.get_marker()
+    assert all(axes.get_ylim()[0] < y < axes.get_ylim()[1] for _, y in places)
+    assert axes.get_yscale() == "symlog" and [*axes.lines[0].get_ydata()] == [0, 0]
+    assert axes.get_title().splitlines() == [
+        "a: 8,106 tokens measured, of b.txt",
+        "b: 8,106 tokens measured, of b.txt",
+        "not finite: a bnb-int8: nan",
+    ]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "quanto-int4", "torchao-int4"]
+    plot_quantization(results, tmp_path / "new" / "plot.png")
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_and_the_lines():
+    small, large = _entry("torchao-int8", 8.13, -6e-6), _entry("quanto-int2", 2.61, 0.25)
+    table = format_table(_result(small, large))
+    assert "| torchao-int8 | 8 | 8.13 | 75 % | 1.0000 | 0.0000 | 2.72 |" in table
+    assert "| quanto-int2 | 3 | 2.61 | 75 % | 1.2500 | +0.2500 | 3.49 |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert format_last(_result()) == "as saved (float32): loss 1.0000, 1.0 s"
+    assert format_last(_result(small, large)) == "quanto-int2: loss 1.2500 (+0.2500), 2.0 s"
+    missing = {"format": "x", "status": "missing", "reason": "x is not installed", "seconds": 0.0}
+    assert format_last(_result(missing)) == "x: missing: x is not installed, 0.0 s"
+
+
+def test_hqq_shows_no_bars(folders, text, capfd):
+    (entry,) = _measure(folders["softpick"], text, parse_formats(["hqq-int4"]))["formats"]
+    bars = [line for line in re.split(r"[\r\n]+", capfd.readouterr().err) if "it/s" in line]
+    assert entry["status"] == "measured" and all(line.startswith("Loading weights") for line in bars)
 
 
 @pytest.fixture
@@ -282,7 +340,16 @@ def test_the_command_writes_results_table_and_plots(command, folders, text, tmp_
     arguments = ["--data", text, "--seq-len", "64", "--samples", "10", "--device", "cpu", "--out", str(tmp_path)]
     formats = ["--formats", "quanto-int8", "poisoned", "hqq-int4"]
     assert command([*map(str, folders.values()), *arguments, *formats]) == 0
-    output = capsys.readouterr().out
+    output, log = capsys.readouterr()
+    for name in folders:
+        lines = [line.removeprefix(f"{name}: ") for line in log.splitlines() if line.startswith(f"{name}: ")]
+        assert [line.partition(":")[0] for line in lines] == [
+            "as saved (float32)",
+            "quanto-int8",
+            "poisoned",
+            "hqq-int4",
+        ]
+        assert all(line.endswith(" s") for line in lines)
     assert output.count("| quanto-int8 | 8 |") == 2 and output.count("hqq-int4: missing: hqq is not installed") == 2
     for name in folders:
         result = json.loads((tmp_path / name / "quantization.json").read_text())
@@ -293,6 +360,14 @@ def test_the_command_writes_results_table_and_plots(command, folders, text, tmp_
         assert result["data"]["rows"] == 10 and "text.jsonl" in result["data"]["description"]
         assert (tmp_path / name / "quantization.png").is_file()
     assert (tmp_path / "quantization.png").is_file()
+
+
+def test_without_out_nothing_is_written_beside_the_reports(command, folders, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", str(text), "--seq-len", "64", "--samples", "4", "--device", "cpu"]
+    assert command([*map(str, folders.values()), *arguments, "--formats", "quanto-int8"]) == 0
+    assert not (tmp_path / "report" / "quantization.png").exists() and "all models" not in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("quantization.png"))) == 2
 
 
 def test_the_command_evaluates_tasks_in_every_format(command, folders, text, tmp_path, capsys):
