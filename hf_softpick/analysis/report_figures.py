@@ -26,7 +26,7 @@ class Series(NamedTuple):
     points: Sequence[tuple[float, float]]
     hollow: bool = False
     names: Sequence[str] = ()
-    """Of the points, which then are not joined by a line."""
+    """Of the points, for their tips; all of them are drawn."""
 
 
 def clean(text: object) -> str:
@@ -98,7 +98,7 @@ def line_chart(
     series = [s for s in series if s.points]
     if not series:
         return ""
-    x_low, x_high = _range([x for s in series for x, _ in s.points], 0.0)
+    x_low, x_high = _range([x for s in series for x, _ in s.points], 0.04 if any(s.names for s in series) else 0.0)
     if x_names:
         x_low, x_high = -0.3, len(x_names) - 0.7
     y_values = [math.log10(y) if log_y else y for s in series for _, y in s.points]
@@ -143,8 +143,7 @@ def line_chart(
         dash = DASHES[s.run % COLOURS]
         style = f' stroke-dasharray="{dash}"' if dash else ""
         faint = " second" if s.hollow else ""
-        if not s.names:
-            parts.append(f'<path class="line c{s.run % COLOURS}{faint}" d="{path}"{style}/>')
+        parts.append(f'<path class="line c{s.run % COLOURS}{faint}" d="{path}"{style}/>')
         for i, (x, y) in enumerate(s.points):
             where = clean(x_names[int(x)]) if x_names else f"{clean(x_label)} {brief(x if x % 1 else int(x))}"
             where = f"{clean(s.names[i])}, {where}" if s.names else where

@@ -150,7 +150,7 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     scatter = []
     for i, (run, found, sizes) in enumerate(zip(runs, measured, stored, strict=True)):
         known = [(sizes[name], finite(found[name].get("loss_increase")), name) for name in order if name in found]
-        known = [item for item in known if None not in item]
+        known = sorted(item for item in known if None not in item)
         scatter.append(Series(run["label"], i, [item[:2] for item in known], names=[item[2] for item in known]))
     heading, axis = "By bits stored for a weight", "bits stored per weight"
     label = f"Loss increase {heading.lower()}, scales included"

@@ -29,9 +29,11 @@ def headline(comparison: dict[str, Any]) -> str:
     for row in claims:
         found = trivial if row["trivial"] else verdicts[row["verdict"]]
         found.append(row["claim"][0].lower() + row["claim"][1:])
-    sides = "No softpick run with a softmax run beside it."
+    sides = "No softpick run with a softmax run beside it:"
     if pair["softpick"] and pair["softmax"]:
         sides = f"{pair['softpick']} (softpick) against {pair['softmax']} (softmax):"
+    if len(verdicts[NOT_MEASURED]) == len(claims):
+        return f"{sides} none of the {len(claims)} claims of the paper can be judged."
     count = f"{len(verdicts[REPRODUCED])} of {len(claims)} claims of the paper are reproduced."
     rest = [f"{verdict}: {'; '.join(found)}" for verdict, found in verdicts.items() if found and verdict != REPRODUCED]
     if trivial:

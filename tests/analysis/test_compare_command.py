@@ -44,7 +44,9 @@ def test_two_runs(runs, tmp_path):
         maps = run["attention_maps"]
         assert maps["tokens"] and all(len(item["row_mass"]) == len(maps["tokens"]) for item in maps["maps"])
     page = (tmp_path / "report/comparison.html").read_text()
-    assert "softpick (softpick) against softmax (softmax)" in page and page.count("<svg") > 8
+    assert "softpick (softpick) against softmax (softmax): none of the 7 claims of the paper can be judged." in page
+    assert '<p class="flag">softpick is undertrained: loss' in page[: page.index("<table")]
+    assert page.count("<svg") > 8
     assert "## Attention maps" in (tmp_path / "report/comparison.md").read_text()
     assert "Equal training loss" in found.stdout
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [

@@ -187,7 +187,8 @@ def test_quantization_by_stored_bits(comparison):
     text = render_html(comparison)
     (chart,) = [svg for svg in text.split("<svg")[1:] if 'aria-label="Loss increase by bits stored' in svg]
     assert "<title>softpick-a, int2, bits stored per weight 2.25: 2.2</title>" in chart
-    assert 'class="line' not in chart.split("</svg>")[0] and chart.count("<circle") == 6
+    places = [float(x) for x in re.findall(r'<circle class="dot c1" cx="([^"]+)"', chart)]
+    assert chart.split("</svg>")[0].count("<circle") == 6 and places == sorted(places) and places[0] > 57
     assert "| int2 | 2.25 bits, 75.3% | 2.25 bits, 75.3% |" in render_markdown(comparison).replace("\\", "")
     assert "differ from the validation loss of training" in text
 
