@@ -15,12 +15,13 @@ imported before an option is used.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_softpick.errors import RecipeError
+from hf_softpick.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from hf_softpick.analysis.loading import LoadedModel
@@ -107,6 +108,16 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         recipe = load_recipe(data)
         data, tokenizer_settings, seq_len = recipe.data, recipe.tokenizer, seq_len or recipe.data.seq_len
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is not None and longest is not None and seq_len > longest:
+        if options.seq_len is not None:
+            raise RecipeError(f"--seq-len {seq_len} is longer than the {longest} tokens that {loaded.name} reads.")
+        seq_len = longest
+    embeddings = loaded.model.get_input_embeddings().num_embeddings
+    if len(loaded.tokenizer) > embeddings:
+        raise CheckpointError(
+            f"{loaded.name}: the tokenizer has {len(loaded.tokenizer)} tokens, the model {embeddings}. They do not "
+            "belong together."
+        )
     samples = load_samples(
         data,
         loaded.tokenizer,
@@ -130,5 +141,11 @@ def report_folder(options: argparse.Namespace, model: str) -> Path:
 
     _, run, name = locate(model)
     if options.out is not None:
+        names = []
+        for other in options.models:
+            with contextlib.suppress(CheckpointError):  # is said when its turn comes
+                names.append(locate(other)[2])
+        if names.count(name) > 1:
+            raise RecipeError(f"--out: two of the models are called {name}. Give each an --out of its own.")
         return Path(options.out, name) if len(options.models) > 1 else Path(options.out)
     return run / "report" if run is not None else Path("report", name)

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from hf_softpick.errors import UserError
+from hf_softpick.errors import StorageError, UserError
 
 INTERRUPTED = 130
 
@@ -32,6 +32,11 @@ def exit_code(command: Callable[[], int | None], debug: bool = False, interrupte
             raise
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        print(f"{error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED

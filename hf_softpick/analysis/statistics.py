@@ -71,12 +71,22 @@ class ModelStatistics:
             self.attention[layer].add(rows, documents)
 
         def on_output(layer: int, part: str, output: Tensor) -> None:
-            self.outputs[layer][part].add(output, documents.real, self.rows)
+            rows = output.view(*ids.shape, -1) if output.ndim == 2 else output  # experts work on tokens without rows
+            self.outputs[layer][part].add(rows, documents.real, self.rows)
 
         arguments = {name: value for name, value in inputs.items() if name in ("input_ids", "position_ids")}
         if real is not None:
             arguments["attention_mask"] = mask
-        training = model.training
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        size = int(documents.length.max()) if documents.count else 0
+        if longest is not None and size > longest:
+            raise ValueError(f"a document has {size} tokens, the model reads {longest}.")
+        if int(ids.max()) >= model.get_input_embeddings().num_embeddings:
+            raise ValueError(
+                f"token {int(ids.max())} is beyond the model's {model.get_input_embeddings().num_embeddings}: the "
+                "tokenizer is not that of the model."
+            )
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             with torch.no_grad(), watch(model, on_attention, on_output) as blocks:
@@ -85,7 +95,8 @@ class ModelStatistics:
                 # The backbone alone: logits of a long row would be its largest tensor.
                 model.base_model(**arguments, use_cache=False)
         finally:
-            model.train(training)
+            for module, training in modes.items():
+                module.training = training
         if set(calls) != {1}:
             layer = next(layer for layer, count in enumerate(calls) if count != 1)
             raise ValueError(

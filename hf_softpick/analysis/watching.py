@@ -88,7 +88,12 @@ def watch(
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             if part == "attention":
                 current.pop()
-            on_output(index, part, output[0] if isinstance(output, tuple) else output)
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"{type(module).__name__} gives a {type(output).__name__}, where a tensor was expected."
+                )
+            on_output(index, part, output)
 
         return hook
 
@@ -120,12 +125,18 @@ def _watch_interface(report: Callable[[AttentionCall], None], current: list[int]
             return function
 
         def watched(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *rest: Any, **kwargs: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any = None,
+            *rest: Any,
+            **kwargs: Any,
         ):
             if rest:
                 raise ValueError(f"{type(module).__name__} passes arguments by position, which cannot be read here.")
-            report(read_call(implementation, module, query, key, mask, kwargs))
-            return function(module, query, key, value, mask, **kwargs)
+            report(read_call(implementation, module, query, key, attention_mask, kwargs))
+            return function(module, query, key, value, attention_mask, **kwargs)
 
         return watched
 

@@ -70,3 +70,42 @@ def test_constants_and_nothing():
     result = statistics.result()
     assert result["kurtosis"] != result["kurtosis"]  # a constant has none
     assert (result["max"], result["min"], result["median"], result["top3"]) == (2.0, 2.0, 2.0, [2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1000.0, 1.0), (5.0, 0.01), (0.0, 1e12), (0.0, 1e-12)])
+def test_float32_neither_cancels_nor_overflows(offset, scale):
+    """A mean far above the deviation, and values whose fourth power float32 cannot hold."""
+    x = (_tensor(scale) + offset).float()
+    statistics = ActivationStatistics()
+    for row in range(2):
+        statistics.add(x[row : row + 1])
+    expected = activations(list(x.double()))
+    assert statistics.result()["kurtosis"] == pytest.approx(expected["kurtosis"], rel=1e-3)
+    assert statistics.result()["token_kurtosis"] == pytest.approx(expected["token_kurtosis"], rel=1e-3)
+    assert statistics.nonfinite == 0
+
+
+def test_constant_tokens_do_not_spoil_the_mean_over_tokens():
+    """Softpick attention gives exactly 0 where no row of any head has mass."""
+    x = _tensor()
+    x[0, 0], x[1, 4] = 0.0, 7.1
+    statistics = ActivationStatistics()
+    statistics.add(x.float())
+    uneven = [torch.cat([x[0, 1:]]), torch.cat([x[1, :4], x[1, 5:]])]
+    assert statistics.result()["token_kurtosis"] == pytest.approx(activations(uneven)["token_kurtosis"], rel=1e-4)
+    x[0, 3, 1] = float("nan")
+    statistics.add(x.float())
+    result = statistics.result()
+    assert result["token_kurtosis"] != result["token_kurtosis"] and result["kurtosis"] != result["kurtosis"]
+
+
+def test_merged_is_the_same_as_added():
+    x = _tensor()
+    whole, first, second = (ActivationStatistics() for _ in range(3))
+    whole.add(x)
+    first.add(x[:1])
+    second.add(x[1:], first_row=1)
+    first.merge(second)
+    merged, expected = first.result(), whole.result()
+    assert merged.pop("kurtosis") == pytest.approx(expected.pop("kurtosis"), rel=1e-12)
+    assert merged == expected

@@ -13,8 +13,9 @@ from training_runs import write_recipe
 from transformers import PreTrainedTokenizerFast
 
 from hf_softpick.analysis.samples import Samples, batches, load_samples, one_document_a_row
+from hf_softpick.commands import exit_code
 from hf_softpick.data.preparing import prepare_data
-from hf_softpick.errors import DataError, RecipeError
+from hf_softpick.errors import CheckpointError, DataError, RecipeError
 from hf_softpick.training.recipe import load_recipe
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -195,8 +196,9 @@ def _options(*arguments):
 def _loaded(tokenizer, run=None, longest=256):
     config = SimpleNamespace(max_position_embeddings=longest)
     whole = SimpleNamespace(get_text_config=lambda: config, model_type="softpick")
-    model = SimpleNamespace(config=whole)
-    return SimpleNamespace(model=model, tokenizer=tokenizer, run=run, add_bos=True)
+    embeddings = SimpleNamespace(num_embeddings=len(tokenizer))
+    model = SimpleNamespace(config=whole, get_input_embeddings=lambda: embeddings)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, run=run, add_bos=True, name="model")
 
 
 def test_options_default_to_the_recipe_of_the_run(recipe, tmp_path, bytes_tokenizer):
@@ -218,8 +220,19 @@ def test_options_refuse_and_exit_codes(bytes_tokenizer, capsys):
         with pytest.raises(SystemExit) as stopped:
             _options(*wrong)
         assert stopped.value.code == 2
-    assert common.exit_code(lambda: common.samples_for(options, _loaded(bytes_tokenizer))) == 2
+    assert exit_code(lambda: common.samples_for(options, _loaded(bytes_tokenizer))) == 2
     assert "missing.yaml" in capsys.readouterr().err
+
+
+def test_rows_that_do_not_fit_the_model_are_refused(bytes_tokenizer):
+    common, options = _options("--data", "stdlib", "--seq-len", "65")
+    with pytest.raises(RecipeError, match="65 is longer than the 64 tokens that model reads"):
+        common.samples_for(options, _loaded(bytes_tokenizer, longest=64))
+    small = _loaded(bytes_tokenizer)
+    small.model.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=3)
+    _, options = _options("--data", "stdlib")
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        common.samples_for(options, small)
 
 
 def test_results_go_to_the_run_or_where_told(tmp_path):
@@ -234,6 +247,9 @@ def test_results_go_to_the_run_or_where_told(tmp_path):
     assert common.report_folder(options, run) == Path("there")
     _, options = _options("second", "--out", "there")
     assert common.report_folder(options, run) == Path("there", "run")
+    _, options = _options("elsewhere/run", "--out", "there")
+    with pytest.raises(RecipeError, match="two of the models are called run"):
+        common.report_folder(SimpleNamespace(**{**vars(options), "models": [run, run]}), run)
 
 
 def test_one_document_a_row():

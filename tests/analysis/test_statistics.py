@@ -284,6 +284,10 @@ def test_nan_is_named_by_layer_and_never_averaged_away():
         assert summary[name] != summary[name], name
 
 
+def _stop(*arguments):
+    raise RuntimeError("stop here")
+
+
 def test_nothing_is_left_behind():
     """Hooks and wrappers go away, also when the forward pass fails; mode and outputs are as before."""
     from transformers import AttentionInterface
@@ -294,15 +298,28 @@ def test_nothing_is_left_behind():
     inputs = _batch("plain")
     before = AttentionInterface.get_interface, modeling_softpick.run_attention
     measure(model, [inputs])
-    with pytest.raises(IndexError):
-        measure(model, [{"input_ids": torch.full((1, 4), 10**6)}])
+    with pytest.raises(RuntimeError, match="stop here"):
+        handle = model.model.layers[1].mlp.register_forward_hook(_stop)
+        measure(model, [inputs])
+    handle.remove()
     assert (AttentionInterface.get_interface, modeling_softpick.run_attention) == before
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_frozen_parts_stay_in_their_mode():
+    model = _ours("softpick").train()
+    model.model.layers[0].eval()
+    measure(model, [_batch("plain")])
+    assert model.training and not model.model.layers[0].mlp.training and model.model.layers[1].mlp.training
+
+
 def test_what_cannot_be_measured_is_refused_by_name():
     model = _ours("softpick")
+    with pytest.raises(ValueError, match="beyond the model's 61"):
+        measure(model, [{"input_ids": torch.full((1, 4), 61)}])
+    with pytest.raises(ValueError, match="70 tokens, the model reads 64"):
+        measure(_ours("softpick", max_position_embeddings=64), [_batch("plain")])
     packed_and_padded = {**_batch("left"), "position_ids": torch.arange(LENGTH).expand(2, -1) % 30}
     with pytest.raises(ValueError, match="several documents"):
         measure(model, [packed_and_padded])
