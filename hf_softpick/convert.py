@@ -8,7 +8,9 @@ Exit codes: 0 done, 2 command line, 4 the source cannot be converted, 6 storage.
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, convert, print what was done; returns the exit code."""
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if threading.current_thread() is not threading.main_thread():
+        return _run(options)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_signal: Any) -> None:
+    """A SIGTERM ends as Ctrl-C does, so that the half-written folder is removed."""
+    raise KeyboardInterrupt
+
+
+def _run(options: argparse.Namespace) -> int:
     return exit_code(lambda: _convert(options), options.debug, "interrupted; nothing half-written is kept")
 
 

@@ -1,6 +1,7 @@
 """The conversion itself: read, check, write beside the destination, load again and compare, rename."""
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_softpick.conversion.generation import usable_generation_config
 from hf_softpick.conversion.settings import Settings, override_normalizer, read_settings
 from hf_softpick.conversion.sources import TOKENIZER_FILES, Source, fingerprint, locate, open_source, read_json
 from hf_softpick.conversion.tensors import (
@@ -16,6 +18,7 @@ from hf_softpick.conversion.tensors import (
     HEAD,
     Plan,
     check_derived,
+    check_sizes,
     common_dtype,
     make_plan,
     transform,
@@ -61,10 +64,10 @@ def convert(
     """
     started = time.perf_counter()
     destination = Path(destination)
-    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
-        raise RecipeError(f"{destination} exists already and is not empty. Give another folder; nothing is replaced.")
+    _check_destination(destination)
     opened = open_source(source, config=config, revision=revision, subfolder=subfolder)
     settings, warnings = override_normalizer(read_settings(opened.config), normalizer)
+    check_sizes(opened.store.tensors, settings)
     model = _empty_model(settings)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if settings.config["tie_word_embeddings"]:
@@ -78,19 +81,20 @@ def convert(
     state = _read(opened, plan, expected, settings, kind, progress)
 
     destination = destination.absolute()
-    staging = destination.with_name(f".{destination.name}-staging")
+    staging = None
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _write_model(model, state, settings, opened, staging)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: another conversion to the same place must not lose its files.
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}-staging-", dir=destination.parent))
+        _write_model(model, state, settings, opened, staging, warnings)
         tokenizer_files = _copy_tokenizer(opened, tokenizer, staging, settings, warnings)
         _check(staging, state, kind)
         report = _report(opened, destination, settings, plan, expected, kind, tokenizer_files, warnings)
         report["seconds"] = round(time.perf_counter() - started, 1)
         write_json(staging / REPORT, report)
         hidden = umask()
-        for path in staging.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)  # safetensors writes 0600
+        for path in (staging, *staging.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)  # made 0600 and 0700
         if destination.is_dir():
             destination.rmdir()
         staging.rename(destination)
@@ -99,8 +103,22 @@ def convert(
             f"{destination} could not be written: {error}. Make room, or choose another folder."
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _check_destination(destination: Path) -> None:
+    """Before any work: nothing may lie there but an empty folder. A link cannot be replaced by a folder."""
+    if destination.is_symlink():
+        raise RecipeError(f"{destination} is a link. Give the folder itself, or one that does not exist.")
+    try:
+        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+            raise RecipeError(
+                f"{destination} exists already and is not empty. Give another folder; nothing is replaced."
+            )
+    except OSError as error:
+        raise StorageError(f"{destination} cannot be read: {error}. Choose another folder.") from error
 
 
 def _empty_model(settings: Settings) -> SoftpickForCausalLM:
@@ -157,20 +175,25 @@ def _read(
 
 
 def _write_model(
-    model: SoftpickForCausalLM, state: dict[str, Tensor], settings: Settings, opened: Source, staging: Path
+    model: SoftpickForCausalLM,
+    state: dict[str, Tensor],
+    settings: Settings,
+    opened: Source,
+    staging: Path,
+    warnings: list[str],
 ) -> None:
     full = {**state, HEAD: state[EMBEDDINGS]} if settings.config["tie_word_embeddings"] else state
     model.load_state_dict(full, strict=True, assign=True)
     model.tie_weights()
     given = opened.folder / "generation_config.json"
     if given.is_file():
-        from transformers import GenerationConfig
-
-        try:
-            model.generation_config = GenerationConfig.from_dict(read_json(given))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{given} cannot be used: {error}. Remove or mend it.") from None
-    model.save_pretrained(staging)
+        generation = usable_generation_config(read_json(given), warnings)
+        if generation is not None:
+            model.generation_config = generation
+    try:
+        model.save_pretrained(staging)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the model cannot be saved: {' '.join(str(error).split())}") from error
 
 
 def _copy_tokenizer(

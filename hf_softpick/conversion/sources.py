@@ -13,6 +13,7 @@ from hf_softpick.errors import CheckpointError, RecipeError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DEEPEST = 32  # levels of JSON
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -189,8 +190,17 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read: its values are nested too deeply.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner for v in level if isinstance(v, dict | list) for inner in (v.values() if isinstance(v, dict) else v)
+        ]
+    if level:  # what copies it later calls itself once or more per level
+        raise CheckpointError(f"{path} cannot be read: its values are nested more than {_DEEPEST - 1} deep.")
     return value
 
 

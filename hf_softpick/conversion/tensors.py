@@ -21,6 +21,8 @@ _NAMES = (
     (re.compile(r"(model\.norm\.weight)"), r"\1"),
     (re.compile(r"(lm_head\.weight)"), r"\1"),
 )
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_SIZES = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split()
 _LOG_LENGTHS = re.compile(r"model\.layers\.(\d+)\.attn\.logn")
 _FREQUENCIES = re.compile(r"model\.layers\.(\d+)\.self_attn\.rotary_emb\.inv_freq")
 
@@ -34,6 +36,23 @@ class Plan(NamedTuple):
     checked: dict[str, str]
     dropped: dict[str, str]
     created: dict[str, float]
+
+
+def check_sizes(found: dict[str, tuple[tuple[int, ...], torch.dtype]], settings: Settings) -> None:
+    """Refuse sizes that no tensor of the source has, before a model of these sizes is built.
+
+    Raises:
+        CheckpointError: more layers than the names of the tensors have, or a size above the longest side of a tensor.
+    """
+    layers = len({match[1] for name in found if (match := _LAYER.match(name))})
+    said = settings.config["num_hidden_layers"]
+    if said > layers:
+        raise CheckpointError(f"num_hidden_layers is {said}, but the source has tensors of {layers} layers.")
+    longest = max((side for shape, _ in found.values() for side in shape), default=0)
+    for key in _SIZES:
+        size = settings.config.get(key)
+        if isinstance(size, int) and size > longest:
+            raise CheckpointError(f"{key} is {size}, but the longest side of a tensor in the source is {longest}.")
 
 
 def make_plan(

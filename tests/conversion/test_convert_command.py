@@ -335,3 +335,100 @@ def test_what_was_written_is_compared(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SoftpickForCausalLM, "save_pretrained", lossy)
     refused(tmp_path, "is not the one that was meant: model.norm.weight", *ancestor())
+
+
+@pytest.mark.parametrize(
+    ("given", "warning", "kept"),
+    [
+        ({"do_sample": False, "temperature": 0.5, "top_p": 0.9}, "temperature, top_p left out", True),
+        ({"length_penalty": 2.0}, "length_penalty left out", True),
+        ({"max_new_tokens": -1}, "generation_config.json was left out: transformers refuses it", False),
+        ({"num_return_sequences": "x"}, "generation_config.json was left out", False),
+        ({"do_sample": True, "temperature": 0.5}, None, True),
+    ],
+    ids=["sampling", "beams", "wrong", "type", "good"],
+)
+def test_generation_settings_that_transformers_refuses(tmp_path, given, warning, kept):
+    from transformers import GenerationConfig
+
+    source = tokenizer(write(tmp_path / "source", *llama()))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], **given}))
+    report = convert(str(source), tmp_path / "target")
+    assert len(report["warnings"]) == (warning is not None)
+    assert warning is None or warning in report["warnings"][0]
+    saved = GenerationConfig.from_pretrained(tmp_path / "target")
+    assert (saved.eos_token_id == [2, 7]) == kept
+    assert saved.temperature == (0.5 if warning is None else None)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (ancestor, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, .* tensors of 2 layers"),
+        (llama, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        (llama, {"vocab_size": 10**15}, "vocab_size is 1000000000000000, but the longest side of a tensor"),
+        (llama, {"intermediate_size": 10**15}, "intermediate_size is"),
+        (ancestor, {"hidden_ratio": 10**12}, "intermediate_size is"),
+        (llama, {"head_dim": 10**12}, "head_dim is"),
+    ],
+)
+def test_huge_sizes_build_no_model(tmp_path, monkeypatch, make, changes, message):
+    from hf_softpick.conversion import converting
+
+    monkeypatch.setattr(converting, "_empty_model", lambda settings: pytest.fail("a model was built"))
+    config, tensors = make()
+    refused(tmp_path, message, {**config, **changes}, tensors)
+
+
+@pytest.mark.parametrize("depth", [40, 400, 100_000])
+def test_deeply_nested_json(tmp_path, depth):
+    source = write(tmp_path / "source", *llama())
+    (source / "config.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: its values are nested"):
+        convert(str(source), tmp_path / "target")
+
+
+def test_a_link_is_refused_before_the_work(tmp_path, monkeypatch):
+    from hf_softpick.conversion import converting
+
+    monkeypatch.setattr(converting, "open_source", lambda *_, **__: pytest.fail("the source was opened"))
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nothing"):
+        link = tmp_path / f"to_{name}"
+        link.symlink_to(tmp_path / name)
+        with pytest.raises(RecipeError, match="is a link"):
+            convert("source", link)
+
+
+def test_two_conversions_to_one_place(tmp_path, monkeypatch):
+    """A whole conversion happens while another one writes: the first to end stays, the other says so."""
+    from hf_softpick.conversion import converting
+
+    source = write(tmp_path / "source", *llama())
+    write_model, inside = converting._write_model, []
+
+    def twice(*arguments):
+        write_model(*arguments)
+        if not inside:
+            inside.append(1)
+            convert(str(source), tmp_path / "target")
+
+    monkeypatch.setattr(converting, "_write_model", twice)
+    with pytest.raises(StorageError, match="could not be written: .*not empty"):
+        convert(str(source), tmp_path / "target")
+    assert sorted(os.listdir(tmp_path)) == ["source", "target"]
+    assert {"config.json", "model.safetensors", "conversion.json"} <= set(os.listdir(tmp_path / "target"))
+    assert (tmp_path / "target").stat().st_mode & 0o777 == source.stat().st_mode & 0o777
+
+
+def test_sigterm_leaves_nothing(tmp_path, monkeypatch, capsys):
+    import signal
+
+    from hf_softpick.conversion import converting
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(converting, "_check", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    source = write(tmp_path / "source", *llama())
+    assert command.main([str(source), str(tmp_path / "target"), "--quiet"]) == 130
+    assert "nothing half-written is kept" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["source"] and signal.getsignal(signal.SIGTERM) == before
