@@ -5,6 +5,7 @@ few classes that torch itself writes there and nothing else; the tensors are rea
 entries that are not tensors are never opened. Layout: torch.distributed.checkpoint.metadata.
 """
 
+import math
 import pickle
 import warnings
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem, load, metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from hf_softpick.errors import CheckpointError
 
@@ -35,6 +42,7 @@ _ALLOWED = {
 }
 # What a trainer keeps beside the model. Never opened.
 _TRAINING_STATE = {"optimizer", "optimizers", "lr_scheduler", "lr_schedulers", "dataloader", "train_state"}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDINGS = ("model.embeddings.weight", "model.embed_tokens.weight")
 
 
@@ -99,17 +107,26 @@ class DistributedStore:
             name: (tuple(entry.size), entry.properties.dtype) for name, (_, entry) in self._entries.items()
         }
         for name, (_, entry) in self._entries.items():
-            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
                 raise CheckpointError(f"{folder}: the pieces of {name} do not add up to its size {list(entry.size)}.")
+            if entry.properties.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{folder}: {name} has the type {entry.properties.dtype}, expected one of "
+                    f"{', '.join(map(str, _DTYPES))}."
+                )
         self.files = [folder / ".metadata", *(folder / name for name in _data_files(self.metadata, folder))]
+        held = sum(file.stat().st_size for file in self.files)
+        packed = any(info.transform_descriptors for info in self.metadata.storage_data.values())
+        for name, (shape, dtype) in self.tensors.items():
+            if math.prod(shape) * dtype.itemsize > held and not packed:  # before memory is taken for it
+                raise CheckpointError(f"{folder}: {name} has the size {list(shape)}, more than all files hold.")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, put together from its pieces."""
         key, entry = self._entries[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))  # a hole between overlapping pieces is found by the check for NaN
         try:
+            # A hole between overlapping pieces is found by the check for NaN.
+            tensor = torch.full(entry.size, float("nan"), dtype=entry.properties.dtype)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
                 load({key: tensor}, storage_reader=_Reader(self.folder, self.metadata), no_dist=True)
@@ -128,9 +145,48 @@ def _read_metadata(path: Path) -> Metadata:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
-        raise CheckpointError(f"{path} does not hold the metadata of a distributed checkpoint.")
+    wrong = _misshapen(found)
+    if wrong is not None:
+        raise CheckpointError(f"{path} does not hold the metadata of a distributed checkpoint: {wrong}.")
     return found
+
+
+def _misshapen(found: Any) -> str | None:
+    """What is not as torch writes it. A pickle can give every field any value, or leave it out."""
+    entries, places = getattr(found, "state_dict_metadata", None), getattr(found, "storage_data", None)
+    if not isinstance(found, Metadata) or not isinstance(entries, dict) or not isinstance(places, dict):
+        return "its tables of entries and files are missing"
+    for name, entry in entries.items():
+        if not isinstance(name, str):
+            return f"the name of an entry is of type {type(name).__name__}"
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        properties = getattr(entry, "properties", None)
+        dtype = getattr(properties, "dtype", None)
+        chunks = getattr(entry, "chunks", None)
+        if not isinstance(entry, TensorStorageMetadata) or not isinstance(properties, TensorProperties):
+            return f"the entry {name!r} is neither a tensor nor bytes"
+        if not isinstance(dtype, torch.dtype):
+            return f"the entry {name!r} has no dtype"
+        if not _is_size(getattr(entry, "size", None)) or not isinstance(chunks, list):
+            return f"the entry {name!r} has no size or no list of pieces"
+        for chunk in chunks:
+            parts = (getattr(chunk, "offsets", None), getattr(chunk, "sizes", None))
+            if not isinstance(chunk, ChunkStorageMetadata) or not all(
+                _is_size(part) and len(part) == len(entry.size) for part in parts
+            ):
+                return f"a piece of {name!r} has no offsets or sizes"
+    for info in places.values():
+        if not isinstance(info, filesystem._StorageInfo) or not isinstance(getattr(info, "relative_path", None), str):
+            return "a piece has no file"
+        numbers = (getattr(info, "offset", None), getattr(info, "length", None))
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            return f"a piece in {info.relative_path!r} has no offset or length"
+    return None
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size) and all(side >= 0 for side in value)
 
 
 def _data_files(found: Metadata, folder: Path) -> list[str]:

@@ -153,6 +153,77 @@ def test_damaged_metadata(tmp_path, change, message):
         turn(tmp_path, folder)
 
 
+def _info(**fields):
+    def change(metadata):
+        for info in metadata.storage_data.values():
+            info.__dict__.update(fields)
+
+    return change
+
+
+def _entry(**fields):
+    return lambda metadata: metadata.state_dict_metadata["model.lm_head.weight"].__dict__.update(fields)
+
+
+def _chunk(**fields):
+    return lambda metadata: metadata.state_dict_metadata["model.lm_head.weight"].chunks[0].__dict__.update(fields)
+
+
+def _without_properties(metadata):
+    del metadata.state_dict_metadata["model.lm_head.weight"].properties
+
+
+def _huge(metadata):
+    entry = metadata.state_dict_metadata["model.lm_head.weight"]
+    entry.size = entry.chunks[0].sizes = torch.Size([10**14, 32])
+
+
+def _properties(metadata):
+    metadata.state_dict_metadata["model.lm_head.weight"].properties.dtype = "float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "storage_data", None), "tables of entries and files are missing"),
+        (lambda m: m.__dict__.pop("storage_data"), "tables of entries and files are missing"),
+        (lambda m: setattr(m, "state_dict_metadata", []), "tables of entries and files are missing"),
+        (lambda m: m.storage_data.update(dict.fromkeys(m.storage_data, "x")), "a piece has no file"),
+        (_info(relative_path=7), "a piece has no file"),
+        (_info(offset="0"), "has no offset or length"),
+        (_info(length=-1), "has no offset or length"),
+        (_info(relative_path=chr(0)), "is missing"),
+        (lambda m: m.state_dict_metadata.update({7: "x"}), "name of an entry is of type int"),
+        (lambda m: m.state_dict_metadata.update({"model.lm_head.weight": "x"}), "neither a tensor nor bytes"),
+        (_entry(chunks=None), "no size or no list of pieces"),
+        (_entry(chunks=["x"]), "a piece of 'model.lm_head.weight' has no offsets or sizes"),
+        (_entry(size=(64, 32)), "no size or no list of pieces"),
+        (_entry(size=None), "no size or no list of pieces"),
+        (_entry(properties=None), "neither a tensor nor bytes"),
+        (_chunk(sizes="x"), "has no offsets or sizes"),
+        (_chunk(sizes=torch.Size([2048])), "has no offsets or sizes"),
+        (_chunk(offsets=torch.Size([-1, 0])), "has no offsets or sizes"),
+        (_properties, "has no dtype"),
+        (_without_properties, "neither a tensor nor bytes"),
+        (_huge, "more than all files hold"),
+    ],
+)
+def test_metadata_of_other_types(tmp_path, change, message):
+    config, tensors = ancestor()
+    folder = save(tmp_path, config, {"model": tensors})
+    edit_metadata(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        turn(tmp_path, folder)
+    assert not (tmp_path / "target").exists()
+
+
+def test_integers_are_refused_by_name(tmp_path):
+    config, tensors = ancestor()
+    tensors["lm_head.weight"] = torch.zeros(64, 32, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has the type torch\.int8"):
+        turn(tmp_path, save(tmp_path, config, {"model": tensors}))
+
+
 def test_damaged_files(tmp_path):
     config, tensors = ancestor()
     folder = save(tmp_path, config, {"model": tensors})
