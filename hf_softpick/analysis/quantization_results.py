@@ -1,6 +1,7 @@
 """Results of quantization: a table, a line for a log, and the picture."""
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,6 @@ def draw_quantization(results: dict[str, dict[str, Any]], figure: Any) -> None:
     )
     if broken:
         titles.append("not finite: " + ", ".join(broken))
-    axes.set_title("\n".join(titles), fontsize=7)
+    axes.set_title("\n".join(textwrap.fill(title, 80) for title in titles), fontsize=7)
     axes.grid(alpha=0.3)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
