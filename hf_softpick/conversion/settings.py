@@ -247,13 +247,15 @@ def _llama_family(raw: dict[str, Any], model_type: str) -> Settings:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json is no configuration of {model_type}: {reason}") from None
     _check_positive("rms_norm_eps", read.rms_norm_eps)
-    if "rope_theta" in raw:
+    if raw.get("rope_theta") is not None:
         _check_positive("rope_theta", raw["rope_theta"])
     rope = read.rope_parameters
     if not isinstance(rope, dict):
         raise CheckpointError(f"rope_parameters is {rope!r}, expected an object with rope_theta.")
     _check_positive("rope_theta in rope_parameters", rope.get("rope_theta"))
     for key, value in rope.items():
+        if isinstance(value, dict):
+            raise CheckpointError(f"rope_parameters has {key}: parameters for some of the layers alone are not ours.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise CheckpointError(f"{key} in rope_parameters is {value!r}, expected finite numbers.")

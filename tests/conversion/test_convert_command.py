@@ -189,6 +189,7 @@ def test_settings_that_cannot_be_expressed(tmp_path, changes, message):
         ({"rope_theta": None, "rope_parameters": {"rope_theta": float("nan")}}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_theta in rope_parameters"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta in rope_parameters is -5.0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "has full_attention: parameters for some"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": float("nan")}},
             "factor in rope_parameters is nan, expected finite",
