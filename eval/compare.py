@@ -11,15 +11,17 @@ measured on the text of each run's recipe, or, if a model has no run, on that of
 """
 
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common import at_least
 
 from hf_softpick.commands import exit_code
-from hf_softpick.errors import RecipeError, StorageError, UserError
+from hf_softpick.errors import DataError, RecipeError, StorageError, UserError
 
 # Of this folder, by the kind of result that they write.
 SCRIPTS = {"statistics": "activations.py", "passkey": "passkey.py", "quantization": "quantization.py"}
@@ -105,17 +107,21 @@ def compare(options: argparse.Namespace) -> int:
     results = Path(options.results) if options.results else None
     if results is not None and not results.is_dir():
         raise RecipeError(f"--results {results} is not a folder")
-    gather(options.runs, results)  # wrong folders are named before anything long begins
+    with damaged_results():
+        gather(options.runs, results)  # wrong folders are named before anything long begins
     text = text_arguments(options)
     failed = [(kind, *failure) for kind in options.measure for failure in measure(kind, options, text)]
-    comparison = gather(options.runs, results)
+    with damaged_results():
+        comparison = gather(options.runs, results)
     comparison["warnings"] += [f"Measuring {kind} of {run} ended with exit code {code}." for kind, run, code in failed]
     if not options.no_maps:
         add_maps(comparison, options)
-    comparison["claims"] = judge(comparison)
+    with damaged_results():
+        comparison["claims"] = judge(comparison)
+        markdown, page = render_markdown(comparison), render_html(comparison)
     write_json(out / "comparison.json", comparison)
-    write_text(out / "comparison.md", render_markdown(comparison))
-    write_text(out / "comparison.html", render_html(comparison))
+    write_text(out / "comparison.md", markdown)
+    write_text(out / "comparison.html", page)
     for row in comparison["claims"]:
         print(f"{verdict_text(row):<21} {row['claim']}: {row['detail']}")
     for text in comparison["warnings"]:
@@ -149,6 +155,22 @@ def text_arguments(options: argparse.Namespace) -> list[str]:
         rows = f", rows of {given['--seq-len']} tokens" if given["--seq-len"] else ""
         print(f"{without} has no run of its own: all are measured on {given['--data']}{rows}", flush=True)
     return [part for name, value in given.items() if value is not None for part in (name, str(value))]
+
+
+@contextlib.contextmanager
+def damaged_results() -> Iterator[None]:
+    """Result files are written by our commands; one that was changed by hand is an error of data, wherever it shows.
+
+    Raises:
+        DataError: what was met instead of what belongs there; its cause has the place.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DataError(
+            f"a result file of these runs holds what does not belong there ({type(error).__name__}: {error}). Measure "
+            "again with --measure, or see where with --debug."
+        ) from error
 
 
 def measure(kind: str, options: argparse.Namespace, text: Sequence[str] = ()) -> list[tuple[str, int]]:
@@ -206,7 +228,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

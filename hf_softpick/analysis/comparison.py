@@ -43,10 +43,10 @@ NOT_TRAINING_PREFIXES = (
 CONDITIONS = {
     "statistics": (
         *(f"data.{n}" for n in ("description", "seq_len", "row_length", "sequences", "tokens")),
-        *("data.sink_sequences", "data.min_sink_tokens", "thresholds"),
+        *("data.sink_sequences", "data.min_sink_tokens", "thresholds", "model.dtype", "model.add_bos"),
     ),
-    "quantization": ("data.description", "data.tokens", "baseline.dtype"),
-    "passkey": ("lengths", "depths", "samples", "seed", "choice_chance"),
+    "quantization": ("data.description", "data.tokens", "baseline.dtype", "model.add_bos"),
+    "passkey": ("lengths", "depths", "samples", "seed", "choice_chance", "model.dtype", "model.add_bos"),
     "downstream": (),
 }
 
@@ -74,6 +74,11 @@ def gather(sources: Sequence[str | Path], results: Path | None = None) -> dict[s
             raise RecipeError(f"{second['source']} is given twice; name different runs")
     for run in runs:
         same = [other for other in runs if other["name"] == run["name"]]
+        if len(same) > 1 and results is not None:
+            raise RecipeError(
+                f"--results holds one folder for each name, but {len(same)} of the runs are called {run['name']}. "
+                "Leave it out: each run has a report folder of its own."
+            )
         # Two runs may have one name in different folders; a label is unique.
         run["label"] = run["name"] if len(same) == 1 else f"{run['name']} ({same.index(run) + 1})"
     differences = recipe_differences(runs)

@@ -29,6 +29,8 @@ def number(value: Any) -> float | None:
     """A float of what result files hold: numbers, or "nan", "inf", "-inf"; None for anything else."""
     if isinstance(value, bool):
         return None
+    if isinstance(value, int) and abs(value) >= 1 << 1000:
+        return None  # beyond floats
     if isinstance(value, (int, float)) or value in ("nan", "inf", "-inf"):
         return float(value)
     return None
@@ -92,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}). Measure again, or remove the file.") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__}, not an object. Measure again, or remove the file.")
@@ -198,6 +200,11 @@ def _stale(kind: str, run: dict[str, Any], path: str | None) -> str | None:
     if trained is not None and measured != trained:
         when = "a model of unknown step" if measured is None else f"step {measured:,}"
         return f"{kind}.json was measured on {when}, the run finished at step {trained:,}. {again}"
+    saved = {name: run["model"].get(name) for name in ("normalizer", "layers", "heads", "hidden_size", "vocab_size")}
+    for name, value in saved.items():
+        given = lookup(record, f"model.{name}")
+        if None not in (given, value) and given != value:
+            return f"{kind}.json was measured on a model with {name} {given}, this one has {value}. {again}"
     other = lookup(record, "model.path")
     if not run["is_run"] and other is not None and Path(other).resolve() != Path(path).resolve():
         return f"{kind}.json was measured on {other}, another model of the same name. {again}"
@@ -234,4 +241,5 @@ def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:
         "vocab_size": config.get("vocab_size"),
         "parameters": lookup(run, "finished.results.parameters"),
     }
-    return {key: value for key, value in {**found, **described}.items() if value is not None}
+    # A result may have come from another model: what is saved here has the last word.
+    return described | {key: value for key, value in found.items() if value is not None}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from comparison_cases import STEPS, quantization, statistics, write, write_pair, write_run
@@ -181,3 +182,30 @@ def test_statistics_logged_while_training_are_kept():
     found = curves(records)["statistics"]
     assert found["sink_rate"] == [[0, 0.0], [50, 0.25]] and found["kurtosis"] == [[50, 4.0]]
     assert found["first_mass"] == []
+
+
+def test_results_of_another_model_are_stale(tmp_path):
+    """Copied from the other run: same step, another normalizer; the saved model has the last word."""
+    runs = write_pair(tmp_path)
+    for kind in ("statistics", "quantization"):
+        shutil.copyfile(runs[0] / f"report/{kind}.json", runs[1] / f"report/{kind}.json")
+    found = gather(runs)
+    first, second = found["runs"]
+    assert {first["normalizer"], second["normalizer"]} == {"softpick", "softmax"}
+    assert "measured on a model with normalizer" in second["stale"]["statistics"] and not first["stale"]
+
+
+def test_one_results_folder_cannot_hold_two_runs_of_one_name(tmp_path):
+    runs = [write_run(tmp_path / place, "run", kind) for place, kind in (("a", "softpick"), ("b", "softmax"))]
+    with pytest.raises(RecipeError, match="2 of the runs are called run"):
+        gather(runs, tmp_path)
+    assert [run["label"] for run in gather(runs)["runs"]] == ["run (1)", "run (2)"]
+
+
+def test_another_dtype_is_another_condition(tmp_path):
+    runs = write_pair(tmp_path)
+    path = runs[1] / "report/statistics.json"
+    record = json.loads(path.read_text())
+    record["model"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(record))
+    assert any("dtype differs" in warning for warning in gather(runs)["warnings"])
