@@ -64,12 +64,14 @@ def add_sample_arguments(parser: argparse.ArgumentParser, samples: int = 32) -> 
     group.add_argument("--samples", type=at_least(1), default=samples, metavar="N", help=f"rows (default {samples})")
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `smallest`."""
+def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `smallest`, at most `largest` if given."""
+    allowed = f"an integer of at least {smallest}" + ("" if largest is None else f" and at most {largest}")
 
     def integer(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text!r}, expected an integer of at least {smallest}")
+        right = text.isascii() and text.isdigit() and int(text) >= smallest
+        if not right or (largest is not None and int(text) > largest):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {allowed}")
         return int(text)
 
     return integer

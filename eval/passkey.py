@@ -19,6 +19,9 @@ from hf_softpick.commands import exit_code
 from hf_softpick.files import write_json
 from hf_softpick.versions import versions
 
+# There are 90,000 keys of five digits; drawing most of them takes long.
+MOST_DISTRACTORS = 99
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print the grid; returns the exit code."""
@@ -29,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--beyond", action="store_true", help="allow lengths beyond the trained one")
     parser.add_argument("--samples", type=at_least(1), default=10, metavar="N", help="prompts a cell (default 10)")
     parser.add_argument(
-        "--distractors", type=at_least(1), default=9, metavar="N", help="other numbers to choose from (default 9)"
+        "--distractors",
+        type=at_least(1, MOST_DISTRACTORS),
+        default=9,
+        metavar="N",
+        help="other numbers to choose from (default 9)",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of numbers and filler (default 0)")
     parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="prompts at once; default what fits")
@@ -66,7 +73,7 @@ def _run(options: argparse.Namespace) -> None:
         result = passkey_grid(
             loaded,
             options.lengths,
-            options.depths or DEPTHS,
+            sorted(set(options.depths or DEPTHS)),
             samples=options.samples,
             distractors=options.distractors,
             seed=options.seed,

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.analysis.passkey_prompts import Prompt, TooShort, answer_tokens, build_prompt, encode, only_digits
-from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.errors import CheckpointError, NumericsError, RecipeError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SHORTEST = 64
@@ -184,8 +184,16 @@ def choose(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[bool]:
 
     The tokens of prompt and key are those of the joined text; what all candidates of a prompt share is read once, and
     its cache serves them all.
+
+    Raises:
+        NumericsError: a log-likelihood is NaN, which would read as a wrong answer.
     """
     scores = candidate_scores(loaded, prompts)
+    if bool(scores.isnan().any()):
+        raise NumericsError(
+            f"{loaded.name} gives NaN for a prompt of {len(prompts[0].ids)} tokens, so nothing can be said of what it "
+            "retrieves. eval/activations.py names the layer."
+        )
     return [bool((row[0] > row[1:]).all()) for row in scores]
 
 

@@ -12,9 +12,16 @@ from tiny_softpick import tiny_model
 from training_runs import REPOSITORY, environment
 
 from hf_softpick.analysis.loading import LoadedModel
-from hf_softpick.analysis.passkey import candidate_scores, choose_lengths, generate_answers, passkey_grid, plot_grid
+from hf_softpick.analysis.passkey import (
+    candidate_scores,
+    choose,
+    choose_lengths,
+    generate_answers,
+    passkey_grid,
+    plot_grid,
+)
 from hf_softpick.analysis.passkey_prompts import TooShort, answer_tokens, build_prompt, only_digits
-from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.errors import CheckpointError, NumericsError, RecipeError
 
 TOKENIZERS = {"bytes": byte_tokenizer, "words": word_tokenizer, "joining": joining_tokenizer}
 EVERY_TOKENIZER = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -257,3 +264,18 @@ def test_the_command(tmp_path, softpick):
     refused = run(tmp_path / "model", "--lengths", "1024")
     assert refused.returncode == 2 and "--beyond" in refused.stderr and "Traceback" not in refused.stderr
     assert run(tmp_path / "model", "--depths", "2").returncode == 2
+
+
+def test_nan_is_no_wrong_answer(softpick):
+    """NaN > NaN is false, which would read as "not found"."""
+    broken = copy.deepcopy(softpick.model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    one = loaded(broken, softpick.tokenizer)
+    with pytest.raises(NumericsError, match="gives NaN"):
+        choose(one, prompts_of(one, 64, 2))
+
+
+def test_more_keys_than_there_are_end_at_once():
+    found = run("nowhere", "--distractors", "99999")
+    assert found.returncode == 2 and "at most 99" in found.stderr
