@@ -6,13 +6,11 @@ Writes DIR/comparison.html (one file, no network), comparison.md and comparison.
 from the results in their report folders. What is missing is named with the command that measures it; --measure does
 it first; if that fails, the report says so and the exit code is the measurement's. Statistics and quantization are
 measured on the text of each run's recipe, or, if a model has no run, on that of the first run for all; --data,
---seq-len and --samples choose another. Exit codes: 0 done, 2 command line,
-3 data, 4 no model, 6 storage.
+--seq-len and --samples choose another. Exit codes: 0 done, 2 command line, 3 data, 4 no model, 6 storage.
 """
 
 import argparse
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -97,7 +95,7 @@ def compare(options: argparse.Namespace) -> int:
     from hf_softpick.analysis.report_html import render_html
     from hf_softpick.analysis.report_markdown import render_markdown
     from hf_softpick.analysis.report_sections import verdict_text
-    from hf_softpick.files import write_json
+    from hf_softpick.files import write_json, write_text
 
     out = Path(options.out)
     try:
@@ -220,21 +218,6 @@ def add_maps(comparison: dict, options: argparse.Namespace) -> None:
         except UserError as error:
             run["attention_maps_reason"] = str(error)
             comparison["warnings"].append(f"{run['label']}: no attention maps. {error}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole; its folder exists.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_softpick.errors import StorageError
-from hf_softpick.files import write_json
+from hf_softpick.files import read_json_lines, write_json
 
 
 def test_nothing_is_rounded_away(tmp_path):
@@ -29,3 +29,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="value.json cannot be written: "):
         write_json(tmp_path / "file" / "value.json", {})
+
+
+def test_lines_that_a_crash_spoilt_are_left_out(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert read_json_lines(path) == []
+    path.write_bytes(b'{"a": 1}\n[2]\n\xff\xfe\n{"b": 3}\n{"c": ')
+    assert read_json_lines(path) == [{"a": 1}, {"b": 3}]

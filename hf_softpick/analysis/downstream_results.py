@@ -1,14 +1,12 @@
 """Results of downstream tasks: several calls in one file, task by task, and tables of them."""
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_softpick.errors import StorageError
-from hf_softpick.files import write_json
+from hf_softpick.files import write_json, write_text
 
 FILE, TABLE, LM_EVAL = "downstream.json", "downstream.md", "results_downstream.json"
 _SETTINGS = ("limit", "num_fewshot_given", "batch_size", "batch_size_from", "max_length")
@@ -85,7 +83,7 @@ class Report:
             merged[key] = merged[key] | value if merge else value
         write_json(self.folder / LM_EVAL, merged)
         name = self.head["model"]["name"]
-        _write_text(self.folder / TABLE, format_table({name: joined}) + "\n")
+        write_text(self.folder / TABLE, format_table({name: joined}) + "\n")
         write_json(self.folder / FILE, self.head | {"seconds": round(seconds, 3)} | joined | {"lm_eval": LM_EVAL})
         return joined
 
@@ -130,17 +128,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StorageError(f"{path} holds no results. Move it away; new results would replace it.")
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {error.strerror}. Make room.") from None
 
 
 def failed(result: dict[str, Any]) -> list[str]:

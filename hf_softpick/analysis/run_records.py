@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_softpick.errors import CheckpointError, DataError
+from hf_softpick.files import read_json_lines
 
 KINDS = ("statistics", "downstream", "passkey", "quantization")
 
@@ -126,17 +127,7 @@ def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl that can be read; a line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    return [record for record in read_json_lines(path) if isinstance(record.get("step"), int)]
 
 
 def curves(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_softpick.files import plain
+from hf_softpick.files import plain, read_json_lines
 
 
 class Clock:
@@ -59,13 +59,7 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All records; a line that a crash cut off or spoilt is left out."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict)]
+        return read_json_lines(self.path)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run measures those steps again."""

@@ -62,7 +62,7 @@ class StatisticsLog(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
         try:
             with trainer.accelerator.autocast():
-                statistics = measure(model, ({**row} for row in self.rows))
+                statistics = measure(model, self.rows)
         except ValueError as error:
             raise RecipeError(f"eval.statistics: {error} Set eval.statistics=0.") from error
         if trainer.args.world_size > 1:
