@@ -197,9 +197,9 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
 
     def __init__(self, config: SoftpickConfig):
         SoftpickPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        # No padding_idx: padding is never seen, while a pad token that is also bos, eos or unk has a vector to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([SoftpickDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)

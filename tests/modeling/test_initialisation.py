@@ -51,6 +51,29 @@ def test_from_config(normalizer):
         assert any("head_scale" in name for name, _ in model.named_parameters()) == normalizer.startswith("scaled_")
 
 
+@pytest.mark.parametrize("pad", [0, 1, 2, -1, 255])
+def test_a_pad_token_is_drawn_and_learns_like_any_other(pad, tmp_path):
+    """pad = bos, eos or unk is common; `padding_idx` would set its vector to 0 for good, -1 that of the last token."""
+    models = []
+    for pad_token_id in (None, pad):
+        torch.manual_seed(0)
+        models.append(AutoModelForCausalLM.from_config(tiny_config(**{**WIDE, "pad_token_id": pad_token_id})))
+    without, model = models
+    for name, parameter in without.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    embedding = model.get_input_embeddings().weight
+    ids = torch.tensor([[pad % 256, 5, pad % 256, 6]])
+    model(ids, labels=ids).loss.backward()
+    assert (embedding.grad[pad] != 0).any() and (embedding[pad] != 0).any()
+    with torch.no_grad():
+        embedding[pad] = 0  # as an older version trained it; it goes on from there
+    model.save_pretrained(tmp_path)
+    loaded = SoftpickForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.get_input_embeddings().weight[pad] == 0).all()
+    loaded(ids, labels=ids).loss.backward()
+    assert (loaded.get_input_embeddings().weight.grad[pad] != 0).any()
+
+
 def test_head_scale_is_float32_in_a_half_model():
     model = AutoModelForCausalLM.from_config(tiny_config("scaled_softpick", **WIDE), dtype=torch.bfloat16)
     check(statistics(model))
