@@ -20,7 +20,9 @@ def _files(*endings):
         folders[:] = [
             f for f in folders if (f[0] != "." or f == ".ci") and f not in SKIP and not f.endswith(".egg-info")
         ]
-        yield from (Path(folder, name) for name in sorted(names) if not endings or Path(name).suffix in endings)
+        # `.git` is a file, and names a path, in a worktree.
+        names = sorted(set(names) - {".git"})
+        yield from (Path(folder, name) for name in names if not endings or Path(name).suffix in endings)
 
 
 @pytest.mark.parametrize("command", [["check", "."], ["format", "--check", "."]], ids=["check", "format"])
