@@ -108,6 +108,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly everything for a wrong path, damaged files or no network
         reason = (str(error).strip().splitlines() or [""])[0]
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            reason += " If you have read and trust it, give --trust-remote-code."
         raise CheckpointError(f"{source} cannot be loaded: {type(error).__name__}: {reason}") from error
     missing = sorted(loading["missing_keys"])
     if missing:

@@ -213,10 +213,13 @@ def _copy_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(staging)
+        loaded = AutoTokenizer.from_pretrained(staging, trust_remote_code=False)
     except Exception as error:  # damaged files, missing libraries, code of its own
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded: {reason} Code of a tokenizer is never run; --tokenizer "
+            "takes another one."
+        ) from error
     largest = max(loaded.get_vocab().values(), default=-1)
     if largest >= settings.config["vocab_size"]:
         raise CheckpointError(
@@ -228,7 +231,9 @@ def _copy_tokenizer(
 
 def _check(staging: Path, state: dict[str, Tensor], kind: torch.dtype) -> None:
     """Load what was written, as its users will, and compare every tensor bit by bit."""
-    loaded, info = SoftpickForCausalLM.from_pretrained(staging, dtype="auto", output_loading_info=True)
+    loaded, info = SoftpickForCausalLM.from_pretrained(
+        staging, dtype="auto", output_loading_info=True, trust_remote_code=False
+    )
     wrong = [f"{key}: {sorted(map(str, info[key]))[:3]}" for key in info if info[key]]
     parameters = dict(loaded.named_parameters())
     wrong += [

@@ -184,7 +184,7 @@ def _load(directory: Path, manifest: dict[str, Any], is_new: bool) -> PreparedDa
     from hf_softpick.data.rows import PackedRows
 
     report = manifest["report"]
-    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
     if len(tokenizer) <= report["max_token_id"]:
         raise DataError(
             f"{directory}: token id {report['max_token_id']} in rows of a tokenizer with {len(tokenizer)} ids."

@@ -83,7 +83,7 @@ def load_tokenizer(settings: TokenizerSettings) -> "PreTrainedTokenizerFast":
 
     place = f"tokenizer '{settings.from_}'"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.from_, revision=settings.revision)
+        tokenizer = AutoTokenizer.from_pretrained(settings.from_, revision=settings.revision, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly everything for a wrong path, a damaged file or no network
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
@@ -132,7 +132,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
             special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
         )
     tokenizer.save_pretrained(folder)
-    if not _prompt_is_right(AutoTokenizer.from_pretrained(folder), settings):
+    if not _prompt_is_right(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), settings):
         raise DataError(
             f"tokenizer '{settings.from_ or 'train_bpe'}' cannot be saved so that a prompt starts "
             f"{'with' if settings.add_bos else 'without'} BOS and ends without EOS. Change tokenizer.add_bos."

@@ -44,7 +44,10 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
         model = _new(settings, tokenizer, seed) if settings.from_ is None else _continued(settings)
     except expected as error:
         origin = f"model.from {settings.from_}" if settings.from_ is not None else "model"
-        raise RecipeError(f"{origin}: {error}") from error
+        reason = str(error)
+        if "trust_remote_code" in reason:  # transformers' advice, which no recipe can follow
+            reason = f"{reason.splitlines()[0]} It is never run here; give a model that transformers has the code of."
+        raise RecipeError(f"{origin}: {reason}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise RecipeError(
             f"model.vocab_size is {model.config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens. Use the "
@@ -81,7 +84,7 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
 
 
 def _continued(settings: ModelSettings) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision)
+    config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision, trust_remote_code=False)
     implementation = settings.attn_implementation
     if is_foreign(config):
         implementation = foreign_attention(settings)
@@ -90,6 +93,7 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
     model, loading = AutoModelForCausalLM.from_pretrained(
         settings.from_,
         revision=settings.revision,
+        trust_remote_code=False,
         config=config,
         dtype=torch.float32,
         attn_implementation=implementation,
