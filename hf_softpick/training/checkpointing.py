@@ -13,11 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_softpick.errors import CheckpointError
+from safetensors import SafetensorError
+
+from hf_softpick.errors import CheckpointError, StorageError
 from hf_softpick.files import sync, umask
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+
+def is_storage_fault(error: Exception) -> bool:
+    """Whether `error` is how one of the writers (Python, safetensors, torch, tokenizers) says that a disk is full."""
+    if isinstance(error, (OSError, SafetensorError, StorageError)):
+        return True
+    return any(sign in str(error) for sign in ("PytorchStreamWriter", "unexpected pos", "(os error "))
 
 
 def staging_directory(root: Path, step: int) -> Path:
@@ -39,20 +48,26 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
-    """Describe every file of `directory` (size, SHA-256) together with `facts`; everything is on disk afterwards."""
-    files = {}
+def record_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of `directory`, by name; all of it is on disk afterwards."""
+    files, hidden = {}, umask()
     for path in sorted(directory.rglob("*")):
+        # safetensors writes 0600; other users of a shared run folder may read the rest, so let them read this too.
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
+        sync(path)
         if path.is_file() and path.name != MANIFEST:
-            # safetensors writes 0600; other users of a shared run folder may read the rest, so let them read this too.
-            path.chmod(0o666 & ~umask())
-            sync(path)
             files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    sync(directory)
+    return files
+
+
+def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
+    """Describe every file of `directory` together with `facts`; everything is on disk afterwards."""
+    files = record_files(directory)
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n", encoding="utf-8")
     sync(manifest)
-    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        sync(folder)
+    sync(directory)
 
 
 def publish(root: Path, step: int) -> Path:
@@ -85,8 +100,13 @@ def verify(directory: Path) -> list[str]:
         return [f"{MANIFEST} is missing or unreadable"]
     if manifest.get("format") != FORMAT:
         return [f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"]
+    return file_faults(directory, manifest["files"])
+
+
+def file_faults(directory: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """How `directory` differs from what `record_files` saw there, one line a file; new files are no fault."""
     faults = []
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         path = directory / name
         if not path.is_file():
             faults.append(f"{name} is missing")

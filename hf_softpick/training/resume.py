@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.files import write_text
 from hf_softpick.training import checkpointing
 from hf_softpick.training.recipe import Recipe
 
@@ -47,11 +47,10 @@ def finished_step(recipe: Recipe) -> int | None:
     Raises:
         RecipeError: the folder holds the finished run of another model, or one that cannot be extended.
     """
-    path = recipe.run.directory / FINISHED
+    record = read_finished(recipe)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         step, before, ended = record["step"], record["identity"], record["length"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except KeyError:
         return None
     _require_same(recipe.run.directory, before, identity(recipe))
     length = {name: recipe.training.arguments.get(name) for name in LENGTH}
@@ -65,14 +64,29 @@ def finished_step(recipe: Recipe) -> int | None:
     return None
 
 
-def write_finished(recipe: Recipe, step: int, results: dict[str, Any]) -> None:
-    """The last file of a run: from now on the same command has nothing to do."""
-    path = recipe.run.directory / FINISHED
+def read_finished(recipe: Recipe) -> dict[str, Any]:
+    """The record of the end of a run; {} where there is none that can be read."""
+    try:
+        record = json.loads((recipe.run.directory / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def save_finished(recipe: Recipe, record: dict[str, Any]) -> None:
+    """Write the record of the end of a run."""
+    write_text(recipe.run.directory / FINISHED, json.dumps(record, indent=1) + "\n")
+
+
+def write_finished(recipe: Recipe, step: int, results: dict[str, Any], final: dict[str, dict[str, Any]]) -> None:
+    """The last file of a run: from now on the same command has nothing to do, but for an upload.
+
+    Args:
+        final: size and SHA-256 of every file of RUN/final.
+    """
     length = {name: recipe.training.arguments.get(name) for name in LENGTH}
-    record = {"step": step, "length": length, "results": results, "identity": identity(recipe)}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    record = {"step": step, "length": length, "results": results, "final": final, "identity": identity(recipe)}
+    save_finished(recipe, record)
 
 
 def find_checkpoint(root: Path, main: bool, world_size: int) -> Path | None:

@@ -22,15 +22,13 @@ from hf_softpick.data.collating import PackedCollator
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.errors import RecipeError, Stopped, StorageError
 from hf_softpick.modeling.attention_softpick import resolve_auto
-from hf_softpick.training import environment, resume, strategy
+from hf_softpick.training import environment, finalize, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
 from hf_softpick.training.build import build_model, check_attention
 from hf_softpick.training.callbacks import MetricsLog, Progress, Samples
-from hf_softpick.training.finalize import write_final
 from hf_softpick.training.generation import sample_texts
 from hf_softpick.training.metrics import MetricsFile
 from hf_softpick.training.plots import plot_losses
-from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe, dump_recipe
 from hf_softpick.training.statistics import StatisticsLog
 from hf_softpick.training.trainer import SoftpickTrainer
@@ -57,12 +55,23 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
     """
     main = strategy.is_main()
     step = resume.finished_step(recipe)
-    if step is not None:
+    if step is None:
+        with _locked(recipe.run.directory, main):
+            return _train(recipe, main, debug)
+    if damage := finalize.faults(recipe):
+        saved = resume.checkpointing.steps(recipe.run.directory / "checkpoints")
+        finalize.require_checkpoint(recipe, step, saved[0] if saved else None)
         if main:
-            print(f"{recipe.run.directory}: already finished at step {step}; nothing to do.")
-        return RunResult(recipe.run.directory, step, {})
-    with _locked(recipe.run.directory, main):
-        return _train(recipe, main, debug)
+            print(f"{recipe.run.directory / 'final'} is damaged ({'; '.join(damage)}): writing it again.", flush=True)
+        with _locked(recipe.run.directory, main):
+            return _train(recipe, main, debug, finished=step)
+    if main and finalize.is_uploaded(recipe):
+        print(f"{recipe.run.directory}: already finished at step {step}; nothing to do.")
+    elif main:
+        print(f"{recipe.run.directory}: already finished at step {step}, and not uploaded.")
+        with _locked(recipe.run.directory, main):
+            finalize.upload(recipe)
+    return RunResult(recipe.run.directory, step, {})
 
 
 @contextlib.contextmanager
@@ -87,7 +96,8 @@ def _locked(directory: Path, main: bool) -> Iterator[None]:
         lock.release()
 
 
-def _train(recipe: Recipe, main: bool, debug: bool) -> RunResult:
+def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None) -> RunResult:
+    """All of a run from its start or its newest checkpoint; of a run that `finished` at a step, its end alone."""
     if not debug:
         transformers.logging.disable_progress_bar()  # One bar, that of the training steps, is enough.
         # DeepSpeed calls deprecated collectives several times a step, each with a warning.
@@ -111,8 +121,10 @@ def _train(recipe: Recipe, main: bool, debug: bool) -> RunResult:
     }
     _prepare_folder(recipe, environment.describe(active, args.world_size), main)
     checkpoint = resume.find_checkpoint(Path(args.output_dir), main, args.world_size)
+    manifest = resume.check_resume(checkpoint, facts, recipe.run.directory) if checkpoint is not None else {}
+    if finished is not None:
+        finalize.require_checkpoint(recipe, finished, manifest.get("step"))
     if checkpoint is not None:
-        manifest = resume.check_resume(checkpoint, facts, recipe.run.directory)
         if main:
             print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
     with _reporters(recipe.run.directory):
@@ -264,18 +276,15 @@ def _finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> Run
         **evaluation,
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
     }
-    final = write_final(trainer, recipe, dict(results), data.report)
+    final = finalize.write_final(trainer, recipe, dict(results), data.report)
     if trainer.is_world_process_zero():
         plot_losses(trainer.metrics.read(), directory / "report" / "loss.png", recipe.run.name)
-        resume.write_finished(recipe, step, results)
+        resume.write_finished(recipe, step, results, final)
         _print_end(directory, results, samples, len(data.tokenizer))
     # Uploading may take long, and may fail: nobody else has to wait for it.
     trainer.accelerator.wait_for_everyone()
-    hub = recipe.training.arguments
-    if hub.get("push_to_hub") and trainer.is_world_process_zero():
-        private = hub.get("hub_private_repo") is not False
-        repo = hub.get("hub_model_id") or recipe.run.name
-        print("Uploaded:", push(final, repo, private, hub.get("hub_revision")))
+    if trainer.is_world_process_zero() and not finalize.is_uploaded(recipe):
+        finalize.upload(recipe)
     return RunResult(directory, step, results)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -298,10 +297,8 @@ class SoftpickTrainer(Trainer):
         fault = None
         try:
             write()
-        except (OSError, SafetensorError) as error:
-            fault = error
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        except Exception as error:
+            if not checkpointing.is_storage_fault(error):
                 raise
             fault = error
         (failed,) = self._agree(fault is not None)

@@ -1,0 +1,120 @@
+"""The end of a run: final/ is whole, is made again when it is not, and its upload is not forgotten."""
+
+import json
+import shutil
+
+import fake_hub
+import pytest
+from training_runs import losses, records, write_recipe
+
+from hf_softpick.train import main
+
+PUSH = ["training.push_to_hub=true", "training.hub_model_id=me/tiny"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a recipe and its finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([str(write_recipe(folder))]) == 0
+    return folder
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """A copy of the run, and the command that made it: (run folder, call(*overrides) -> exit code)."""
+    run = shutil.copytree(finished / "runs" / "tiny", tmp_path / "tiny")
+    return run, lambda *overrides: main([str(finished / "recipe.yaml"), f"run.root={tmp_path}", *overrides])
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on this machine; huggingface_hub talks to it."""
+    yield from fake_hub.serve(monkeypatch)
+
+
+def _commits(hub):
+    return [path for path, _ in hub.requests if "/commit/" in path]
+
+
+def test_a_failed_upload_is_made_up_for(again, hub, capsys):
+    """Also one that was not asked for when the run finished; once it is there, nothing is sent again."""
+    run, call = again
+    hub.refuse = 403
+    assert call(*PUSH) == 69
+    assert "uploads" not in json.loads((run / "finished.json").read_text())
+    hub.refuse = 0
+    assert call(*PUSH) == 0
+    assert "Uploaded: " in capsys.readouterr().out and len(_commits(hub)) == 1
+    assert call(*PUSH) == 0
+    assert "nothing to do" in capsys.readouterr().out and len(_commits(hub)) == 1
+    assert call(*PUSH, "training.hub_revision=v1") == 0
+    assert len(_commits(hub)) == 2
+
+
+def test_the_upload_of_the_run_itself_is_recorded(finished, tmp_path, hub, capsys):
+    """As part of the command that trains."""
+    arguments = [str(finished / "recipe.yaml"), f"run.root={tmp_path}", "training.max_steps=1", *PUSH]
+    for commits in (1, 1):
+        assert main(arguments) == 0
+        assert len(_commits(hub)) == commits
+    assert "nothing to do" in capsys.readouterr().out
+
+
+DAMAGE = {
+    "gone": lambda final: shutil.rmtree(final),
+    "no weights": lambda final: (final / "model.safetensors").unlink(),
+    "bit flipped": lambda final: (final / "model.safetensors").write_bytes(
+        (final / "model.safetensors").read_bytes()[:-1] + b"\x01"
+    ),
+    "no code": lambda final: (final / "modeling_softpick.py").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_final_is_written_again_without_a_step(again, finished, damage, capsys):
+    """The checkpoint of the last step holds the same weights."""
+    run, call = again
+    whole, trained = (run / "final" / "model.safetensors").read_bytes(), losses(run)
+    DAMAGE[damage](run / "final")
+    assert call() == 0
+    assert "is damaged" in capsys.readouterr().out
+    assert (run / "final" / "model.safetensors").read_bytes() == whole
+    assert losses(run) == trained and max(record["step"] for record in records(run)) == 5
+    assert call() == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_damaged_final_without_its_checkpoint_is_exit_code_4(again, capsys):
+    """Neither "nothing to do" nor training on from an older state without a word."""
+    run, call = again
+    (run / "final" / "model.safetensors").unlink()
+    (run / "checkpoints" / "checkpoint-5" / "optimizer.pt").write_bytes(b"torn")
+    for _ in range(2):  # found torn; already set aside
+        assert call() == 4
+        message = capsys.readouterr().err
+        assert "model.safetensors is missing" in message and "of step 4" in message and "finished.json" in message
+    shutil.rmtree(run / "checkpoints")
+    assert call() == 4
+    assert "there is none at all" in capsys.readouterr().err
+
+
+def test_what_people_edit_in_final_is_theirs(again, capsys):
+    """A model card is there to be edited."""
+    run, call = again
+    (run / "final" / "README.md").write_text("# Mine\n")
+    assert call() == 0
+    assert "nothing to do" in capsys.readouterr().out and (run / "final" / "README.md").read_text() == "# Mine\n"
+
+
+def test_a_run_that_an_older_version_finished(again, capsys):
+    """Its record says nothing of files: weights and configuration have to be there."""
+    run, call = again
+    record = json.loads((run / "finished.json").read_text())
+    del record["final"]
+    (run / "finished.json").write_text(json.dumps(record))
+    assert call() == 0
+    assert "nothing to do" in capsys.readouterr().out
+    (run / "final" / "model.safetensors").unlink()
+    assert call() == 0
+    assert "model.safetensors is missing" in capsys.readouterr().out
