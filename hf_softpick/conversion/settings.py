@@ -58,21 +58,24 @@ _ONLY = {
     "attention_bias": (False, "biases in attention"),
 }
 # How the source computes, or what it writes of itself: the function is the same with any value.
-_WITHOUT_EFFECT = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "fuse_cross_entropy",
-    "fuse_linear_cross_entropy",
-    "fuse_norm",
-    "fuse_swiglu",
-    "model_type",
-    "pretraining_tp",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "use_l2warp",
+_WITHOUT_EFFECT = set(
+    "_attn_implementation_autoset _flash_attn_2_enabled _name_or_path architectures bad_words_ids cls_token_id dtype "
+    "fuse_cross_entropy fuse_linear_cross_entropy fuse_norm fuse_swiglu is_llama_config mask_token_id "
+    "max_window_layers model_max_length model_type neftune_noise_alpha pretraining_tp sep_token_id tokenizer_class "
+    "torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_cache "
+    "use_flash_attention use_l2warp".split()
+)
+# Keys of published folders that would change the function with any other value than the one that stands here.
+_HARMLESS_AT = {
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "partial_rotary_factor": 1.0,
+    "qk_norm": False,
+    "residual_multiplier": 1.0,
+    "rope_interleaved": False,
+    "rope_interleave": False,
+    "use_qk_norm": False,
+    "use_sliding_window": False,
 }
 _CARRIED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -295,6 +298,7 @@ def _unknown(raw: dict[str, Any], known: set[str]) -> dict[str, Any]:
         if key not in known
         and key not in _WITHOUT_EFFECT
         and value is not None
+        and not (key in _HARMLESS_AT and value == _HARMLESS_AT[key])
         and not (key in generic and generic[key] == value)
     }
 
