@@ -254,6 +254,8 @@ def _evaluate_one(
     from lm_eval import simple_evaluate
 
     while True:
+        lm.requests.clear()  # of a try that did not fit, or of another task
+        lm.truncated.clear()
         try:
             return simple_evaluate(
                 lm, tasks=[name], num_fewshot=num_fewshot, limit=limit, task_manager=manager, batch_size=lm.batch_size
@@ -285,10 +287,11 @@ def _merge(merged: dict[str, Any], raw: dict[str, Any]) -> None:
 
 
 def summarize(raw: dict[str, Any], lm: "HFLM") -> dict[str, Any]:
-    """The tasks of one result of lm-eval: {task: {samples, version, num_fewshot, metrics}}.
+    """The tasks of one result of lm-eval, by name: samples, version, num_fewshot, prompts, truncated_prompts, metrics.
 
-    A metric has value, stderr (None where lm-eval gives none) and higher_is_better (None where the task does not say).
-    Tasks that score whole texts also get `text`, see `text_statistics`, and the metric token_perplexity.
+    prompts and truncated_prompts are None where the task asks for none, see QuietHFLM. A metric has value, stderr
+    (None where lm-eval gives none) and higher_is_better (None where the task does not say). Tasks that score whole
+    texts also get `text`, see `text_statistics`, and the metric token_perplexity.
     """
     tasks = {}
     for name, values in raw["results"].items():
@@ -309,6 +312,8 @@ def summarize(raw: dict[str, Any], lm: "HFLM") -> dict[str, Any]:
             "samples": raw["n-samples"].get(name, {}).get("effective"),
             "version": raw["versions"].get(name),
             "num_fewshot": raw["n-shot"].get(name),
+            "prompts": lm.requests.get(name),
+            "truncated_prompts": lm.truncated.get(name),
             "metrics": metrics,
         }
         if raw["configs"].get(name, {}).get("output_type") == "loglikelihood_rolling":

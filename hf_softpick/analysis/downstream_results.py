@@ -167,7 +167,22 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
     ]
-    return "\n".join([*lines, *_trial(results)])
+    return "\n".join([*lines, *_truncated(results), *_trial(results)])
+
+
+def _truncated(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A few-shot prompt that was cut is no longer the prompt that the table names."""
+    lines = []
+    for model, result in results.items():
+        for name, task in result["tasks"].items():
+            if task.get("truncated_prompts"):
+                length = task.get("max_length") or result.get("max_length")
+                lines.append(
+                    f"\n{model}, {name}: {task['truncated_prompts']} of {task['prompts']} prompts "
+                    f"({task.get('num_fewshot') or 0}-shot) are longer than the {length} tokens that the model reads "
+                    "and lost their beginning."
+                )
+    return lines
 
 
 def _trial(results: dict[str, dict[str, Any]]) -> list[str]:

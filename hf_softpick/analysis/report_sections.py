@@ -141,6 +141,11 @@ def _method(comparison: dict[str, Any]) -> Iterator[Table | Text]:
                 {t: f.get("samples") or "not measured" for t, f in r[kind].get("tasks", {}).items()} for r in measured
             ]
             rows.append(["samples", *(words(c) for c in counts)])
+            cut = [
+                {t: f["truncated_prompts"] for t, f in r[kind].get("tasks", {}).items() if f.get("truncated_prompts")}
+                for r in measured
+            ]
+            rows.append(["prompts that lost their beginning", *(words(c) if c else "none" for c in cut)])
             rows.append(["limit", *(value_text(r[kind].get("limit")) for r in measured)])
         if kind == "passkey":
             rows.append(["samples per cell", *(value_text(r[kind].get("samples")) for r in measured)])

@@ -245,6 +245,31 @@ def test_a_batch_that_does_not_fit_is_halved(loaded, text_tasks, monkeypatch):
     assert tried == [8, 4, 2] and result["batch_size"] == 2 and not failed(result)
 
 
+@pytest.mark.parametrize(
+    ("task", "shots", "metadata"),
+    [("offline_cloze", 0, None), ("offline_cloze", 8, None), ("offline_passkey", 0, {"words": 100})],
+    ids=["whole", "8-shot", "generation"],
+)
+def test_prompts_that_are_cut_are_counted(loaded, task, shots, metadata):
+    """An 8-shot prompt of which a 64-token model reads the last 64 tokens is no 8-shot prompt."""
+    tasks, manager = find_tasks(task, [TASKS], metadata)
+    lm = harness(loaded, 4)
+    raw = downstream._evaluate_one(lm, task, manager, 4, shots)
+    lengths = []
+    for sample in raw["samples"][task]:
+        for argument in sample["arguments"]:
+            generated = isinstance(argument[1], dict)
+            text = argument[0] if generated else "".join(argument)
+            lengths.append(len(loaded.tokenizer(text).input_ids) + (12 if generated else -1))
+    cut = sum(length > 64 for length in lengths)
+    assert (cut == len(lengths)) if shots or metadata else (cut == 0)
+    entry = downstream.summarize(raw, lm)[task]
+    assert (entry["prompts"], entry["truncated_prompts"]) == (len(lengths), cut)
+    table = format_table({"m": {"tasks": {task: entry}, "limit": 4, "max_length": 64}})
+    warning = f"m, {task}: {cut} of {len(lengths)} prompts ({shots}-shot) are longer than the 64 tokens"
+    assert (warning in table) == (cut > 0)
+
+
 def test_results_are_saved_after_every_task(loaded, tmp_path):
     """Also after one that fails by itself: a choice that does not exist."""
     (tmp_path / "broken.yaml").write_text(
