@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import add_model_arguments, add_sample_arguments, at_least, load, report_folder, samples_for
+from common import add_model_arguments, add_sample_arguments, at_least, check_text, load, report_folder, samples_for
 
 from hf_softpick.commands import exit_code
 
@@ -67,6 +67,7 @@ def measure_model(options: argparse.Namespace, source: str) -> dict[str, Any]:
     from hf_softpick.errors import CheckpointError
     from hf_softpick.versions import versions
 
+    check_text(options, source)
     loaded = load(options, source)
     samples = samples_for(options, loaded)
     start = time.perf_counter()

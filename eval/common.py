@@ -6,6 +6,7 @@
     options = parser.parse_args(arguments)
     return exit_code(lambda: measure(options), debug=options.debug)        hf_softpick.commands.exit_code
 
+    check_text(options, model)                       what is wrong with the text is said before the model is loaded
     loaded = load(options, model)                    analysis.loading.LoadedModel
     samples = samples_for(options, loaded)           analysis.samples.Samples
     path = report_folder(options, loaded.path, ...)  where results go
@@ -26,6 +27,7 @@ from hf_softpick.errors import CheckpointError, RecipeError
 if TYPE_CHECKING:
     from hf_softpick.analysis.loading import LoadedModel
     from hf_softpick.analysis.samples import Samples
+    from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
 
 DEFAULT_SEQ_LEN = 512
 
@@ -90,6 +92,38 @@ def load(options: argparse.Namespace, model: str, **kwargs: Any) -> "LoadedModel
     return load_model(model, **{**arguments, **kwargs})
 
 
+def check_text(options: argparse.Namespace, model: str) -> None:
+    """Look at the text that `samples_for` will read, before anybody waits for the model to be loaded.
+
+    Raises:
+        RecipeError, DataError: as `samples_for`. CheckpointError: there is no such model.
+    """
+    from hf_softpick.analysis.loading import locate
+    from hf_softpick.analysis.samples import open_text
+
+    open_text(_text(options, locate(model)[1])[0])
+
+
+def _text(
+    options: argparse.Namespace, run: Path | None
+) -> "tuple[DataSettings | SourceSettings, TokenizerSettings | None, int | None]":
+    """What the options say of text: the data and tokenizer of a recipe or a source, and the length of a row."""
+    from hf_softpick.data.settings import SourceSettings
+
+    data = str(run / "recipe.yaml") if options.data is None and run is not None else options.data
+    if data is not None and data.endswith((".yaml", ".yml")):
+        from hf_softpick.training.recipe import load_recipe
+
+        if not Path(data).is_file():
+            raise RecipeError(f"--data {data}: no such recipe. Give a file, or other text.")
+        recipe = load_recipe(data)
+        return recipe.data, recipe.tokenizer, options.seq_len or recipe.data.seq_len
+    source = SourceSettings(
+        path=data or "stdlib", text_column=options.text_column, split=options.split, name=options.data_name
+    )
+    return source, None, options.seq_len
+
+
 def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration: bool = False) -> "Samples":
     """Rows for one model, as the options of `add_sample_arguments` say.
 
@@ -99,16 +133,7 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
     """
     from hf_softpick.analysis.samples import load_samples, one_document_a_row
 
-    data, tokenizer_settings, seq_len = options.data, None, options.seq_len
-    if data is None and loaded.run is not None:
-        data = str(loaded.run / "recipe.yaml")
-    if data is not None and data.endswith((".yaml", ".yml")):
-        from hf_softpick.training.recipe import load_recipe
-
-        if not Path(data).is_file():
-            raise RecipeError(f"--data {data}: no such recipe. Give a file, or other text.")
-        recipe = load_recipe(data)
-        data, tokenizer_settings, seq_len = recipe.data, recipe.tokenizer, seq_len or recipe.data.seq_len
+    data, tokenizer_settings, seq_len = _text(options, loaded.run)
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if seq_len is not None and longest is not None and seq_len > longest:
         if options.seq_len is not None:
@@ -127,9 +152,6 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         seq_len=seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN),
         count=options.samples,
         tokenizer_settings=tokenizer_settings,
-        text_column=options.text_column,
-        split=options.split,
-        name=options.data_name,
         calibration=calibration,
         progress=sys.stderr.isatty(),
     )

@@ -22,6 +22,7 @@ from common import (
     add_model_arguments,
     add_sample_arguments,
     at_least,
+    check_text,
     load,
     report_folder,
     samples_for,
@@ -65,6 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     nothing = []
     for source in options.models:
         folder, begin = report_folder(options, source), time.perf_counter()
+        check_text(options, source)
         head: dict[str, Any] = {"schema": 1, "kind": "quantization"}
 
         def samples_of(loaded: Any, calibration: bool, head: dict[str, Any] = head) -> Any:

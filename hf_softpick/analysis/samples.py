@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_softpick.data.packing import best_fit
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
-from hf_softpick.data.sources import open_sources
+from hf_softpick.data.sources import Source, open_sources
 from hf_softpick.data.tokenizer import encoder_of, sample_texts
 from hf_softpick.data.tokenizing import split_text
 from hf_softpick.errors import DataError
@@ -44,17 +44,13 @@ class _Document(NamedTuple):
 
 
 def load_samples(
-    data: DataSettings | str | None,
+    data: DataSettings | SourceSettings | str | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     add_bos: bool,
     seq_len: int,
     count: int,
     tokenizer_settings: TokenizerSettings | None = None,
-    text_column: str = "text",
-    split: str = "train",
-    name: str | None = None,
-    revision: str | None = None,
     calibration: bool = False,
     progress: bool = True,
 ) -> Samples:
@@ -65,14 +61,13 @@ def load_samples(
     spelled in a text are text.
 
     Args:
-        data: the data section of a recipe (its validation split is read), else "stdlib", a file, glob, folder or
-            Hub data set as in data.sources; None is "stdlib".
+        data: the data section of a recipe (its validation split is read), else a source as in data.sources, or its
+            path alone; None is "stdlib".
         tokenizer: of the model to be measured. Where the recipe's is another one, its documents are tokenized anew.
         add_bos: every document begins with BOS.
         seq_len: tokens of a row at most.
         count: rows at most; fewer where the corpus is too small.
         tokenizer_settings: the tokenizer section of the recipe, with `data` from a recipe.
-        text_column, split, name, revision: of a source that is not a recipe.
         calibration: other documents than those measured on: the training split of a recipe, or the other end of the
             order.
 
@@ -91,14 +86,13 @@ def load_samples(
     if isinstance(data, DataSettings):
         if tokenizer_settings is None:
             raise ValueError("the data section of a recipe needs the recipe's tokenizer section, tokenizer_settings")
+        open_text(data)
         longest = data.model_copy(update={"seq_len": max(seq_len, data.seq_len)})
         prepared = prepare_data(longest, tokenizer_settings, progress)
         source, documents = _recipe_documents(prepared, tokenizer, tokenizer_settings.add_bos, calibration)
     else:
-        settings = SourceSettings(
-            path=data or "stdlib", text_column=text_column, split=split, name=name, revision=revision
-        )
-        source = f"{settings.path}" if settings.path == "stdlib" else f"{settings.path}, split {split}"
+        settings = data if isinstance(data, SourceSettings) else SourceSettings(path=data or "stdlib")
+        source = settings.path if settings.path == "stdlib" else f"{settings.path}, split {settings.split}"
         documents = _encoded(_texts(settings, count * seq_len, calibration), tokenizer, count * seq_len)
     bos = tokenizer.bos_token_id if add_bos else None
     pieces = _pieces(documents, seq_len, count * seq_len, bos)
@@ -107,6 +101,22 @@ def load_samples(
     rows, used = _rows(pieces, seq_len, count)
     tokens = sum(len(row["input_ids"]) for row in rows)
     return Samples(f"{source}: {used:,} documents, {tokens:,} tokens in {len(rows):,} rows of {seq_len:,}", rows)
+
+
+def open_text(data: DataSettings | SourceSettings) -> list[Source]:
+    """The sources of `load_samples`, looked at and not read: what is wrong with them can be said early.
+
+    Raises:
+        DataError: there is no such text, or a recipe that holds out none.
+    """
+    if isinstance(data, SourceSettings):
+        return open_sources([data])
+    if not data.validation:
+        raise DataError(
+            "the recipe holds out no documents (data.validation is 0), so there is nothing that the model has not "
+            "seen. Give other text with --data."
+        )
+    return open_sources(data.sources)
 
 
 def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -136,11 +146,6 @@ def _recipe_documents(
     """The documents of packed rows, which lie there in a seeded random order, and what to call them."""
     name = "training" if calibration else "validation"
     rows = prepared.train if calibration else prepared.validation
-    if rows is None or not len(rows):
-        raise DataError(
-            "the recipe holds out no documents (data.validation is 0), so there is nothing that the model has not "
-            "seen. Give other text with --data."
-        )
     bos = prepared.tokenizer.bos_token_id if rows_have_bos else None
     documents = _unpacked(rows, bos)
     if prepared.tokenizer.get_vocab() == tokenizer.get_vocab():
@@ -165,7 +170,7 @@ def _unpacked(rows: Iterable, bos: int | None) -> Iterator[_Document]:
 def _texts(settings: SourceSettings, tokens: int, reverse: bool) -> Iterator[tuple[str, bool]]:
     """Different documents of a source in the order of a hash; of a source beyond the bound, a part of every shard."""
     limit = max(CANDIDATE_CHARACTERS, _CHARACTERS_A_TOKEN * tokens)
-    texts = sample_texts(open_sources([settings]), limit)
+    texts = sample_texts(open_text(settings), limit)
     found = {_hash(text): text for text in texts if not text.isspace()}
     for key in sorted(found, reverse=reverse):
         yield found[key], True

@@ -89,10 +89,15 @@ def test_nan_inside_a_model_is_an_error_after_the_results(run, tmp_path):
         (["RUN", "--samples", "0"], 2, "at least 1"),
         (["RUN", "--data", "missing.yaml"], 2, "no such recipe"),
         (["RUN", "--data", "missing.jsonl"], 3, "missing.jsonl"),
+        # A model that cannot be loaded: the text is looked at first.
+        (["EMPTY", "--data", "missing.jsonl"], 3, "missing.jsonl"),
+        (["EMPTY", "--data", "stdlib"], 4, "cannot be loaded"),
     ],
 )
-def test_what_is_wrong_is_said(run, arguments, code, message):
-    done = _command(*(run if argument == "RUN" else argument for argument in arguments))
+def test_what_is_wrong_is_said(run, tmp_path, arguments, code, message):
+    (tmp_path / "config.json").write_text("{}")
+    folders = {"RUN": run, "EMPTY": tmp_path}
+    done = _command(*(folders.get(argument, argument) for argument in arguments))
     assert done.returncode == code
     assert message in done.stderr and "Traceback" not in done.stderr
 

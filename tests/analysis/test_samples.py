@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_softpick.analysis.samples import Samples, batches, load_samples, one_document_a_row
 from hf_softpick.commands import exit_code
 from hf_softpick.data.preparing import prepare_data
+from hf_softpick.data.settings import SourceSettings
 from hf_softpick.errors import CheckpointError, DataError, RecipeError
 from hf_softpick.training.recipe import load_recipe
 
@@ -162,7 +163,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, recipe, bytes_tokenizer):
     with pytest.raises(DataError, match="no such file"):
         load_samples("./nothing.jsonl", bytes_tokenizer, **options)
     with pytest.raises(DataError, match="lacks|column"):
-        load_samples(_write(tmp_path / "a.jsonl", ["a"]), bytes_tokenizer, **options, text_column="content")
+        source = SourceSettings(path=_write(tmp_path / "a.jsonl", ["a"]), text_column="content")
+        load_samples(source, bytes_tokenizer, **options)
     with pytest.raises(DataError, match="no document"):
         load_samples(_write(tmp_path / "b.jsonl", [" "]), bytes_tokenizer, **options)
     none = recipe.data.model_copy(update={"validation": 0.0})
