@@ -146,6 +146,35 @@ def test_llama_family(tmp_path, changes):
     check(model, llama_logits(config, tensors, TOKENS))
 
 
+# What the config.json of published folders holds beside Llama's own fields.
+PUBLISHED = {
+    "SmolLM2-135M-Instruct": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "is_llama_config": True,
+        "pad_token_id": 2,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+        "transformers_version": "4.42.3",
+        "use_cache": True,
+    },
+    "Llama-2-7b-hf": {"_name_or_path": "meta-llama/Llama-2-7b-hf", "pad_token_id": 0, "pretraining_tp": 1},
+    "fine-tuned": {"unk_token_id": 0, "model_max_length": 64, "neftune_noise_alpha": 5, "unsloth_version": "2025.1.1"},
+    "exported": {"use_sliding_window": False, "max_window_layers": 28, "partial_rotary_factor": 1.0, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("extra", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_keys_of_published_folders(tmp_path, extra):
+    config, tensors = llama(**extra)
+    model, report = converted(tmp_path, config, tensors)
+    used = {entry["source"] for entry in report["settings"]}
+    assert set(extra) <= used | set(report["settings_without_effect"])
+    check(model, llama_logits(config, tensors, TOKENS))
+
+
 def test_llama_with_another_normalizer(tmp_path):
     config, tensors = llama()
     model, report = converted(tmp_path, config, tensors, normalizer="softpick")
