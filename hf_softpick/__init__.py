@@ -13,16 +13,34 @@ import wrapt
 
 if TYPE_CHECKING:
     from .modeling.configuration_softpick import SoftpickConfig
-    from .modeling.modeling_softpick import SoftpickForCausalLM, SoftpickModel
+    from .modeling.modeling_softpick import (
+        SoftpickForCausalLM,
+        SoftpickForQuestionAnswering,
+        SoftpickForSequenceClassification,
+        SoftpickForTokenClassification,
+        SoftpickModel,
+    )
     from .modeling.normalizers import softpick
 
 
 __version__ = "0.1.0"
-__all__ = ["SoftpickConfig", "SoftpickForCausalLM", "SoftpickModel", "register", "softpick"]
+__all__ = [
+    "SoftpickConfig",
+    "SoftpickForCausalLM",
+    "SoftpickForQuestionAnswering",
+    "SoftpickForSequenceClassification",
+    "SoftpickForTokenClassification",
+    "SoftpickModel",
+    "register",
+    "softpick",
+]
 
 _LAZY = {
     "SoftpickConfig": "modeling.configuration_softpick",
     "SoftpickForCausalLM": "modeling.modeling_softpick",
+    "SoftpickForQuestionAnswering": "modeling.modeling_softpick",
+    "SoftpickForSequenceClassification": "modeling.modeling_softpick",
+    "SoftpickForTokenClassification": "modeling.modeling_softpick",
     "SoftpickModel": "modeling.modeling_softpick",
     "softpick": "modeling.normalizers",
 }
@@ -89,7 +107,16 @@ _HOOKED = (
     "transformers.models.llama.configuration_llama",
     "transformers.models.llama.modeling_llama",
     f"{__name__}.modeling.configuration_softpick",
+    f"{__name__}.modeling.modeling_backbone",
     f"{__name__}.modeling.modeling_softpick",
 )
 for _name in _HOOKED:
     wrapt.when_imported(_name)(_register_when_ready)
+
+
+@wrapt.when_imported("peft.utils.constants")
+def _tell_peft(constants: object) -> None:
+    """Default target modules of PEFT's methods: Llama's, whose parameter names ours are."""
+    for name, mapping in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
+            mapping.setdefault("softpick", mapping["llama"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_softpick.conversion.settings import ANCESTOR, Settings
 from hf_softpick.errors import CheckpointError
-from hf_softpick.modeling.modeling_softpick import INITIAL_HEAD_SCALE
+from hf_softpick.modeling.modeling_backbone import INITIAL_HEAD_SCALE
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NAMES = (

@@ -5,15 +5,34 @@ from .attention_softpick import register_attention
 
 def register_all() -> None:
     """Attention and mask functions under every normalizer's name, and the Auto classes for model_type "softpick"."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     from .configuration_softpick import SoftpickConfig
-    from .modeling_softpick import SoftpickForCausalLM, SoftpickModel
+    from .modeling_softpick import (
+        SoftpickForCausalLM,
+        SoftpickForQuestionAnswering,
+        SoftpickForSequenceClassification,
+        SoftpickForTokenClassification,
+        SoftpickModel,
+    )
 
     register_attention()
     AutoConfig.register(SoftpickConfig.model_type, SoftpickConfig, exist_ok=True)
-    AutoModel.register(SoftpickConfig, SoftpickModel, exist_ok=True)
-    AutoModelForCausalLM.register(SoftpickConfig, SoftpickForCausalLM, exist_ok=True)
+    for auto, model in (
+        (AutoModel, SoftpickModel),
+        (AutoModelForCausalLM, SoftpickForCausalLM),
+        (AutoModelForQuestionAnswering, SoftpickForQuestionAnswering),
+        (AutoModelForSequenceClassification, SoftpickForSequenceClassification),
+        (AutoModelForTokenClassification, SoftpickForTokenClassification),
+    ):
+        auto.register(SoftpickConfig, model, exist_ok=True)
 
 
 __all__ = ["register_all", "register_attention"]

@@ -292,17 +292,17 @@ def test_nothing_is_left_behind():
     """Hooks and wrappers go away, also when the forward pass fails; mode and outputs are as before."""
     from transformers import AttentionInterface
 
-    from hf_softpick.modeling import modeling_softpick
+    from hf_softpick.modeling import modeling_backbone
 
     model = _ours("softpick").train()
     inputs = _batch("plain")
-    before = AttentionInterface.get_interface, modeling_softpick.run_attention
+    before = AttentionInterface.get_interface, modeling_backbone.run_attention
     measure(model, [inputs])
     with pytest.raises(RuntimeError, match="stop here"):
         handle = model.model.layers[1].mlp.register_forward_hook(_stop)
         measure(model, [inputs])
     handle.remove()
-    assert (AttentionInterface.get_interface, modeling_softpick.run_attention) == before
+    assert (AttentionInterface.get_interface, modeling_backbone.run_attention) == before
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

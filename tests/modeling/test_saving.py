@@ -176,7 +176,7 @@ except ModuleNotFoundError:
     pass
 else:
     sys.exit("the package is importable, so this shows nothing")
-import torch
+import torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, logging
 logging.set_verbosity_error()
 folder, copy, out = sys.argv[1], sys.argv[2], {}
@@ -210,6 +210,10 @@ half = load(copy, dtype=torch.bfloat16)
 out["dtypes"] = {n: str(p.dtype) for n, p in half.named_parameters()}
 model.save_pretrained(sys.argv[2] + "_sharded", max_shard_size="10KB")
 out["sharded"] = load(sys.argv[2] + "_sharded")(ids).logits.tolist()
+out["heads"] = {}
+for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+    headed = getattr(transformers, f"AutoModelFor{task}").from_pretrained(copy, trust_remote_code=True)
+    out["heads"][type(headed).__name__] = headed.model(ids).last_hidden_state.tolist()
 out["refusals"] = refusals
 print(json.dumps(out))
 """
@@ -235,6 +239,11 @@ def test_a_folder_runs_where_the_package_does_not_exist(tmp_path):
     assert out["class"] == ["SoftpickForCausalLM", "auto"]
     for name in ("logits", "eager", "copy", "sharded"):
         close(torch.tensor(out[name]), model(ids).logits)
+    assert set(out["heads"]) == {
+        f"SoftpickFor{task}" for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+    }
+    for hidden in out["heads"].values():
+        close(torch.tensor(hidden), model.model(ids).last_hidden_state)
     assert out["generated"] == model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
     assert {n for n, dtype in out["dtypes"].items() if dtype == "torch.float32"} == {
         n for n, _ in model.named_parameters() if "head_scale" in n
