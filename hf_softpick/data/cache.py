@@ -13,14 +13,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hf_softpick.data.contents import Contents
 from hf_softpick.errors import DataError, StorageError
 from hf_softpick.files import sync
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_BLOCK = 2**20
-_BLOCKS = 64
 
 
 def cache_root(setting: str | None) -> Path:
@@ -52,7 +51,9 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(serialized).hexdigest()[:32]
 
 
-def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+def build_once(
+    directory: Path, build: Callable[[Path], dict[str, Any]], contents: Contents
+) -> tuple[dict[str, Any], bool]:
     """The manifest of `directory`, built first if it is missing or damaged.
 
     Of several processes that ask at once, one builds and the others wait. `build` fills a staging folder and returns
@@ -64,13 +65,13 @@ def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tupl
     Raises:
         StorageError: no space or no permission to write.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, contents)
     if manifest is not None:
         return manifest, False
     with _storage_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
-            manifest = read_manifest(directory)
+            manifest = read_manifest(directory, contents)
             if manifest is not None:
                 return manifest, False
             for leftover in directory.parent.glob(f"{directory.name}.staging*"):
@@ -79,7 +80,7 @@ def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tupl
             staging.mkdir()
             try:
                 manifest = build(staging)
-                _finish(staging, manifest)
+                _finish(staging, manifest, contents)
                 if directory.exists():
                     logger.warning("%s is damaged or incomplete and is replaced", directory)
                     shutil.rmtree(directory)
@@ -90,16 +91,18 @@ def build_once(directory: Path, build: Callable[[Path], dict[str, Any]]) -> tupl
     return manifest, True
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of `directory` if every file in it still is what was written, else None."""
+def read_manifest(directory: Path, contents: Contents) -> dict[str, Any] | None:
+    """The manifest of `directory` if every byte in it still is what was written, else None."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         is_whole = manifest["seal"] == _seal(manifest) and all(
-            (directory / name).stat().st_size == entry["bytes"] and _digest(directory / name) == entry["sample_sha256"]
-            for name, entry in files.items()
+            (directory / name).stat().st_size == entry["bytes"] for name, entry in files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_whole = is_whole and contents.digests([directory / name for name in files]) == [
+            entry["sha256"] for entry in files.values()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DataError):
         return None
     return manifest if is_whole else None
 
@@ -134,13 +137,13 @@ def _storage_errors(directory: Path) -> Iterator[None]:
         raise StorageError(f"preparing {directory} failed: {error}.") from error
 
 
-def _finish(staging: Path, manifest: dict[str, Any]) -> None:
+def _finish(staging: Path, manifest: dict[str, Any], contents: Contents) -> None:
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     for path in files:
         sync(path)
     manifest["files"] = {
-        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sample_sha256": _digest(path)}
-        for path in files
+        path.relative_to(staging).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, contents.digests(files), strict=True)
     }
     manifest["seal"] = _seal(manifest)
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -151,15 +154,3 @@ def _finish(staging: Path, manifest: dict[str, Any]) -> None:
 def _seal(manifest: dict[str, Any]) -> str:
     """What tells a manifest that was changed or made by hand."""
     return fingerprint({name: value for name, value in manifest.items() if name != "seal"})
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file; above 64 MiB, of 64 evenly spaced MiB and both ends, so that a start stays fast."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    blocks = min(_BLOCKS, -(-size // _BLOCK))
-    with path.open("rb") as file:
-        for block in range(blocks):
-            if size > _BLOCK * _BLOCKS:
-                file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()

@@ -1,5 +1,9 @@
 """The whole way from data settings to packed rows on disk, done once and reused; every rank may call it."""
 
+import contextlib
+import logging
+import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_softpick.data.cache import build_once, cache_root, fingerprint
+from hf_softpick.data.cache import build_once, cache_root, fingerprint, read_manifest
+from hf_softpick.data.contents import Contents
 from hf_softpick.data.packing import RowPlan, hold_out, plan_rows
 from hf_softpick.data.redaction import redacted_errors
 from hf_softpick.data.settings import DataSettings, TokenizerSettings
-from hf_softpick.data.sources import Source, open_sources
+from hf_softpick.data.sources import Source, SourceGone, open_sources
 from hf_softpick.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from hf_softpick.data.tokenizing import TokenizedCorpus, tokenize
 from hf_softpick.errors import DataError
@@ -21,7 +26,9 @@ if TYPE_CHECKING:
 
     from hf_softpick.data.rows import PackedRows
 
-FORMAT = 2
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
 """Raise it whenever the same settings would give other rows: older caches are then rebuilt."""
 
 
@@ -34,6 +41,24 @@ class PreparedData:
     tokenizer: "PreTrainedTokenizerFast"
     directory: Path
     report: dict[str, Any]
+    content: str
+    """Identity of the rows and of what their ids mean: the same wherever the sources and the cache lie."""
+    older_name: str | None = None
+    """What format 2 would call the cache folder of today's sources."""
+
+    def matches(self, recorded: str) -> bool:
+        """Whether `recorded`, a `content` or the name of an older version's cache folder, stands for the same rows.
+
+        An older name is proved by the rows in that folder, where it is still beside this one, else by sources whose
+        paths, sizes and times are what they were.
+        """
+        if not re.fullmatch("packed-[0-9a-f]{32}", recorded):
+            return recorded == self.content
+        older = self.directory.with_name(recorded)
+        # A folder of any age and state: whatever cannot be read is no proof.
+        with contextlib.suppress(Exception):
+            return _content(older) == self.content
+        return recorded == self.older_name
 
     def require_rows(self, num_rows: int) -> None:
         """Raise DataError unless there are `num_rows` training rows, one optimizer step's worth."""
@@ -59,32 +84,95 @@ def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: boo
         DataError: the data cannot be read or nothing usable is left of it.
         StorageError: the cache folder cannot be written.
     """
-    sources = open_sources(data.sources)
+    contents = Contents(cache_root(data.cache_dir), progress)
+    asked = f"asked {fingerprint([_settings(data, tokenizer), [os.path.abspath(one.path) for one in data.sources]])}"
+    try:
+        sources = open_sources(data.sources)
+    except SourceGone as error:
+        directory = contents.path.with_name(contents.recall(asked) or "nothing")
+        manifest = read_manifest(directory, contents)
+        if manifest is None:
+            raise
+        logger.warning("%s Going on with what was prepared when it was there, %s.", error, directory)
+        return _load(directory, manifest, is_new=False)
     loaded = load_tokenizer(tokenizer) if tokenizer.from_ is not None else None
-    identity = _identity(data, tokenizer, sources, loaded)
-    directory = cache_root(data.cache_dir) / f"packed-{fingerprint(identity)}"
+    identity = _identity(data, tokenizer, sources, loaded, contents)
+    directory = contents.path.with_name(f"packed-{fingerprint(identity)}")
 
     def build(staging: Path) -> dict[str, Any]:
         return _build(staging, data, tokenizer, sources, loaded, progress) | {"identity": identity}
 
-    manifest, is_new = build_once(directory, build)
-    return _load(directory, manifest, is_new)
+    manifest, is_new = build_once(directory, build, contents)
+    contents.remember(asked, directory.name)
+    return _load(directory, manifest, is_new, _older_name(data, tokenizer, sources, loaded))
+
+
+def _settings(data: DataSettings, tokenizer: TokenizerSettings) -> list[dict[str, Any]]:
+    """All settings that decide what the rows are. Not where they are kept, nor how many processes make them."""
+    return [data.model_dump(mode="json", exclude={"cache_dir", "num_proc"}), tokenizer.model_dump(mode="json")]
 
 
 def _identity(
-    data: DataSettings, settings: TokenizerSettings, sources: list[Source], tokenizer: "PreTrainedTokenizerFast | None"
+    data: DataSettings,
+    settings: TokenizerSettings,
+    sources: list[Source],
+    tokenizer: "PreTrainedTokenizerFast | None",
+    contents: Contents,
 ) -> dict[str, Any]:
-    """All that the rows depend on. Not where they are kept, nor how many processes make them."""
+    """All that the rows depend on: of sources and tokenizer what they hold, not where they lie or since when."""
     identity: dict[str, Any] = {
         "format": FORMAT,
-        "data": data.model_dump(mode="json", exclude={"cache_dir", "num_proc"}),
+        "data": data.model_dump(mode="json", exclude={"cache_dir", "num_proc", "sources"}),
         "tokenizer": settings.model_dump(mode="json", exclude={"from_", "revision"}),
-        "sources": [fingerprint([shard.identity for shard in source.shards]) for source in sources],
+        "sources": [
+            [source.settings.model_dump(include=_OF_EACH_DOCUMENT), fingerprint(source.content(contents))]
+            for source in sources
+        ],
     }
     if tokenizer is not None:
-        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        identity["tokenizer_content"] = fingerprint([tokenizer.backend_tokenizer.to_str(), special])
+        identity["tokenizer_content"] = _tokenizer_content(tokenizer)
     return identity
+
+
+_OF_EACH_DOCUMENT = {"text_column", "weight", "max_documents"}
+_FORMAT_2 = {
+    "data": {"seq_len", "packing", "isolate_documents", "validation", "seed"},
+    "source": _OF_EACH_DOCUMENT | {"path", "name", "split", "revision", "data_files"},
+    "tokenizer": {"train_bpe", "add_bos", "add_eos"},
+}
+
+
+def _older_name(
+    data: DataSettings, settings: TokenizerSettings, sources: list[Source], tokenizer: "PreTrainedTokenizerFast | None"
+) -> str:
+    """What format 2 called the folder: it took sources by path, size and time."""
+    listed = [source.model_dump(mode="json", include=_FORMAT_2["source"]) for source in data.sources]
+    identity: dict[str, Any] = {
+        "format": 2,
+        "data": data.model_dump(mode="json", include=_FORMAT_2["data"]) | {"sources": listed},
+        "tokenizer": settings.model_dump(mode="json", include=_FORMAT_2["tokenizer"]),
+        "sources": [fingerprint([shard.origin for shard in source.shards]) for source in sources],
+    }
+    if tokenizer is not None:
+        identity["tokenizer_content"] = _tokenizer_content(tokenizer)
+    return f"packed-{fingerprint(identity)}"
+
+
+def _tokenizer_content(tokenizer: "PreTrainedTokenizerFast") -> str:
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return fingerprint([tokenizer.backend_tokenizer.to_str(), special])
+
+
+def _content(directory: Path) -> str:
+    """Identity of a folder's rows and of what their ids mean; no version of a library moves it."""
+    from transformers import AutoTokenizer
+
+    from hf_softpick.data.rows import PackedRows
+
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    rows = {path.stem: PackedRows.open(path).digest() for path in sorted(directory.glob("*.arrow"))}
+    return f"rows-{fingerprint([rows, tokenizer.get_vocab(), ends])}"
 
 
 def _build(
@@ -135,7 +223,7 @@ def _build(
         "seconds_tokenizing": round(after_tokenizing - after_tokenizer, 3),
         "seconds_packing": round(time.perf_counter() - after_tokenizing, 3),
     }
-    return {"format": FORMAT, "report": report}
+    return {"format": FORMAT, "report": report, "content": _content(staging)}
 
 
 def _plan(corpus: TokenizedCorpus, chosen: np.ndarray, data: DataSettings, repeat: bool) -> RowPlan:
@@ -178,7 +266,7 @@ def _write(
             write_rows(staging / f"{split}.arrow", plan, corpus.tokens, pad, data.isolate_documents, bar)
 
 
-def _load(directory: Path, manifest: dict[str, Any], is_new: bool) -> PreparedData:
+def _load(directory: Path, manifest: dict[str, Any], is_new: bool, older_name: str | None = None) -> PreparedData:
     from transformers import AutoTokenizer
 
     from hf_softpick.data.rows import PackedRows
@@ -196,6 +284,8 @@ def _load(directory: Path, manifest: dict[str, Any], is_new: bool) -> PreparedDa
         tokenizer=tokenizer,
         directory=directory,
         report=report | {"from_cache": not is_new},
+        content=manifest["content"],
+        older_name=older_name,
     )
 
 

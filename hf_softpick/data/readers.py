@@ -26,13 +26,15 @@ class Record(NamedTuple):
     reason: str = ""
 
 
+def suffix_of(path: Path) -> str | None:
+    """The supported suffix of `path`, or None."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
 def kind_of(path: Path) -> str | None:
     """The supported suffix of `path`, without `.gz`, or None."""
-    name = path.name.lower()
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return suffix.removesuffix(".gz")
-    return None
+    suffix = suffix_of(path)
+    return suffix and suffix.removesuffix(".gz")
 
 
 def read_file(path: Path, column: str) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """Packed rows on disk: an Arrow file that is memory-mapped as a `datasets.Dataset`, written in bounded memory."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ class PackedRows(Dataset):
             offset = key - firsts[batch]
             rows.append({name: column[offset] for name, column in batches[batch].items()})
         return rows
+
+    def digest(self) -> str:
+        """SHA-256 of all values, whatever version of Arrow wrote them in batches of whatever size."""
+        digests = {name: hashlib.sha256() for name in self.column_names}
+        for batch in _views(self._data)[1]:
+            for name, column in batch.items():
+                digests[name].update(np.ascontiguousarray(column))
+        return " ".join(f"{name} {digest.hexdigest()}" for name, digest in sorted(digests.items()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views: a copy or another process maps the file anew instead of receiving its content."""

@@ -1,10 +1,12 @@
 """Where documents come from: the standard library, local files, or `datasets.load_dataset`. Knows texts, no tokens.
 
-Every source is a list of shards in a fixed order: what a sample, a progress bar and a fingerprint need.
+Every source is a list of shards in a fixed order, and knows what it holds: sample, progress bar and cache need both.
 """
 
 import glob
+import hashlib
 import itertools
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_softpick.data.cache import local_path
+from hf_softpick.data.cache import fingerprint, local_path
+from hf_softpick.data.contents import Contents
 from hf_softpick.data.readers import (
     SUFFIXES,
     Record,
@@ -21,6 +24,7 @@ from hf_softpick.data.readers import (
     parquet_text_bytes,
     read_file,
     read_text,
+    suffix_of,
 )
 from hf_softpick.data.settings import SourceSettings
 from hf_softpick.errors import DataError
@@ -37,8 +41,8 @@ class Shard:
     """A part of a source that can be read alone: usually a file."""
 
     label: str
-    identity: list[Any] = field(repr=False)
-    """What changes when the content changes: part of the cache fingerprint."""
+    origin: list[Any] = field(repr=False)
+    """Path, size and time, by which older versions knew it: nothing but their records is recognised by it."""
     num_bytes: int
     """Estimated bytes of text, for progress and sampling."""
     read: Callable[[], Iterator[Record]] = field(repr=False)
@@ -50,6 +54,12 @@ class Source:
 
     settings: SourceSettings
     shards: list[Shard]
+    content: Callable[[Contents], Any] = field(repr=False)
+    """What the shards hold, wherever and since whenever it lies there, as a JSON value."""
+
+
+class SourceGone(DataError):
+    """A source is not where it was, or cannot be reached."""
 
 
 def open_sources(settings: Sequence[SourceSettings]) -> list[Source]:
@@ -58,7 +68,7 @@ def open_sources(settings: Sequence[SourceSettings]) -> list[Source]:
     Raises:
         DataError: a source does not exist, has no readable file, or lacks the text column.
     """
-    sources = [Source(one, _open_source(one)) for one in settings]
+    sources = [_open_source(one) for one in settings]
     for source in sources:
         for shard in source.shards[:_LIBRARY_SHARDS]:
             for _ in itertools.islice(shard.read(), 100):
@@ -66,9 +76,9 @@ def open_sources(settings: Sequence[SourceSettings]) -> list[Source]:
     return sources
 
 
-def _open_source(settings: SourceSettings) -> list[Shard]:
+def _open_source(settings: SourceSettings) -> Source:
     if settings.path == "stdlib":
-        return _standard_library()
+        return _standard_library(settings)
     path = local_path("source", settings.path)
     plain = settings.name is None and settings.data_files is None and settings.revision is None
     if path.is_file():
@@ -77,7 +87,7 @@ def _open_source(settings: SourceSettings) -> list[Shard]:
                 f"source '{path}': a single file takes no name, revision, data_files or split slice. "
                 "Remove them; max_documents limits it."
             )
-        return [_file_shard(path, settings.text_column)]
+        return _files(settings, [path])
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _library(settings, saved=path)
@@ -91,14 +101,14 @@ def _open_source(settings: SourceSettings) -> list[Shard]:
             if kind_of(file) and file.is_file():
                 found.setdefault(file.resolve(), file)
         if not found:
-            raise DataError(f"source '{settings.path}': the pattern matches no file ending in {', '.join(SUFFIXES)}.")
-        return [_file_shard(file, settings.text_column) for file in found.values()]
+            raise SourceGone(f"source '{settings.path}': the pattern matches no file ending in {', '.join(SUFFIXES)}.")
+        return _files(settings, list(found.values()))
     elif path.is_absolute() or kind_of(path) or settings.path.startswith((".", "~")):
-        raise DataError(f"source '{settings.path}': no such file or folder (looked in {Path.cwd()}). Check the path.")
+        raise SourceGone(f"source '{settings.path}': no such file or folder (looked in {Path.cwd()}). Check the path.")
     return _library(settings)
 
 
-def _standard_library() -> list[Shard]:
+def _standard_library(settings: SourceSettings) -> Source:
     """The .py files of the running Python, its tests included where installed (about 31 MB), without site-packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__"}
@@ -112,10 +122,10 @@ def _standard_library() -> list[Shard]:
         stat, name = file.stat(), file.relative_to(root).as_posix()
         read = _reader(read_text, file, encoding_errors_drop=True)
         shards.append(Shard(str(file), ["stdlib", name, stat.st_size, stat.st_mtime_ns], stat.st_size, read))
-    return shards
+    return Source(settings, shards, lambda contents: ["stdlib", contents.digests(files)])
 
 
-def _folder(root: Path, settings: SourceSettings) -> list[Shard]:
+def _folder(root: Path, settings: SourceSettings) -> Source:
     """Every readable file below `root`; where names say train, test or validation, only those of the split."""
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and kind_of(file)]
     files = [file for file in files if not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)]
@@ -128,7 +138,12 @@ def _folder(root: Path, settings: SourceSettings) -> list[Shard]:
     if not files:
         found = sorted({split for split in splits.values() if split}) or "no file named after a split"
         raise DataError(f"source '{root}': no file of split '{settings.split}'; found {found}.")
-    return [_file_shard(file, settings.text_column) for file in files]
+    return _files(settings, files)
+
+
+def _files(settings: SourceSettings, files: list[Path]) -> Source:
+    shards = [_file_shard(file, settings.text_column) for file in files]
+    return Source(settings, shards, lambda contents: [list(map(suffix_of, files)), contents.digests(files)])
 
 
 def _split_in_name(path: Path) -> str | None:
@@ -143,16 +158,16 @@ def _file_shard(path: Path, column: str) -> Shard:
         raise DataError(f"source '{path}': unknown kind of file; allowed are {', '.join(SUFFIXES)}.")
     stat = path.stat()
     num_bytes = parquet_text_bytes(path, column) if kind_of(path) == ".parquet" else stat.st_size
-    identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    return Shard(str(path), identity, num_bytes, _reader(read_file, path, column))
+    origin = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return Shard(str(path), origin, num_bytes, _reader(read_file, path, column))
 
 
 def _reader(read: Callable[..., Iterator[Record]], *args: Any, **kwargs: Any) -> Callable[[], Iterator[Record]]:
     return lambda: read(*args, **kwargs)
 
 
-def _library(settings: SourceSettings, saved: Path | None = None) -> list[Shard]:
-    """Shards of what `datasets` loads: a Hub id, a local folder with arguments, or a folder made by save_to_disk."""
+def _library(settings: SourceSettings, saved: Path | None = None) -> Source:
+    """What `datasets` loads: a Hub id, a local folder with arguments, or a folder made by save_to_disk."""
     import datasets
 
     place = f"source '{settings.path}'"
@@ -172,7 +187,8 @@ def _library(settings: SourceSettings, saved: Path | None = None) -> list[Shard]
         Exception
     ) as error:  # datasets raises nearly everything here; each is the user's path, split, name or network
         reason = str(error.__cause__ or error).strip().splitlines() or [""]
-        raise DataError(
+        kind = SourceGone if isinstance(error, (FileNotFoundError, ConnectionError)) else DataError
+        raise kind(
             f"{place}: datasets could not load it (name={settings.name}, split={settings.split}, "
             f"data_files={settings.data_files}, revision={settings.revision}): {type(error).__name__}: {reason[0]}"
         ) from error
@@ -189,7 +205,7 @@ def _library(settings: SourceSettings, saved: Path | None = None) -> list[Shard]
     num_shards = max(1, min(_LIBRARY_SHARDS, len(loaded)))
     num_bytes = loaded.data.nbytes
     edges = [len(loaded) * i // num_shards for i in range(num_shards + 1)]
-    return [
+    shards = [
         Shard(
             f"{settings.path} row",
             [
@@ -203,6 +219,23 @@ def _library(settings: SourceSettings, saved: Path | None = None) -> list[Shard]
         )
         for begin, end in itertools.pairwise(edges)
     ]
+    return Source(settings, shards, lambda contents: ["datasets", _digest_of_rows(loaded, contents)])
+
+
+def _digest_of_rows(dataset: Any, contents: Contents) -> str:
+    """SHA-256 of the texts. The fingerprint of `datasets` names a path and a time, or what a folder says of itself."""
+    states = [os.stat(file["filename"]) for file in dataset.cache_files]
+    known_by = [dataset._fingerprint, [[s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in states]]
+    key = f"datasets {fingerprint(known_by)}"
+    known = contents.recall(key)
+    if known is None:
+        digest = hashlib.sha256()
+        for record in _read_rows(dataset, 0, len(dataset)):
+            text = record.text if record.text is None else record.text.encode()
+            digest.update(b"\0" if text is None else b"%d:%b" % (len(text), text))
+        known = digest.hexdigest()
+        contents.remember(key, known)
+    return known
 
 
 def _read_rows(dataset: Any, begin: int, end: int) -> Iterator[Record]:

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 
 from hf_softpick.data import preparing
-from hf_softpick.data.cache import MANIFEST
+from hf_softpick.data.cache import MANIFEST, fingerprint
 from hf_softpick.data.preparing import prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from hf_softpick.errors import DataError, StorageError
@@ -82,7 +82,7 @@ def test_second_call_reuses_and_is_equal(data, monkeypatch):
 
 def test_rebuild_elsewhere_is_equal(data, tmp_path):
     first, second = prepare(data), prepare(data, cache_dir=str(tmp_path / "other"), num_proc=2)
-    assert not second.report["from_cache"]
+    assert not second.report["from_cache"] and second.content == first.content
     for name in ("train.arrow", "validation.arrow", "tokenizer/tokenizer.json"):
         assert (first.directory / name).read_bytes() == (second.directory / name).read_bytes()
 
@@ -104,6 +104,60 @@ def test_changed_file_gives_another_cache(data, tmp_path):
     assert second.report["documents"] == 201 and second.directory != first.directory
 
 
+def test_source_is_known_by_its_content(data, tmp_path):
+    """Same size and time with other content is another source; touched, copied and moved is the same one."""
+    path, first = tmp_path / "a.jsonl", prepare(data)
+    content, before = path.read_text(), path.stat()
+    path.write_text(content.replace("document 7", "document 8", 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+    changed = prepare(data)
+    assert changed.directory != first.directory and not first.matches(changed.content)
+    path.unlink()
+    (tmp_path / "moved.jsonl").write_text(content)
+    moved = prepare(data, sources=[SourceSettings(path=str(tmp_path / "moved.jsonl"))])
+    assert moved.report["from_cache"] and moved.directory == first.directory and first.matches(moved.content)
+
+
+def test_records_of_older_versions(data, tmp_path):
+    """They hold the name of the cache folder: the rows there prove what they stand for, else unchanged sources do."""
+    prepared = prepare(data)
+    older, unknown = prepared.older_name, f"packed-{0:032x}"
+    assert prepared.matches(older) and not prepared.matches(unknown) and not prepared.matches("")
+    shutil.copytree(prepared.directory, prepared.directory.with_name(unknown))
+    assert prepared.matches(unknown)
+    shutil.copytree(prepare(data, seed=1).directory, prepared.directory.with_name(older))
+    assert not prepared.matches(older)
+    shutil.rmtree(prepared.directory.with_name(older))
+    os.utime(tmp_path / "a.jsonl")
+    assert not prepare(data).matches(older) and prepare(data).matches(unknown)
+
+
+def test_name_of_format_2(data, tmp_path):
+    """Settings that later versions add must not move it."""
+    path, settings = str(tmp_path / "a.jsonl"), {"train_bpe": 280, "add_bos": True, "add_eos": True}
+    source = {"path": path, "name": None, "split": "train", "revision": None, "data_files": None}
+    source |= {"text_column": "text", "weight": 1.0, "max_documents": None}
+    read = {"seq_len": 64, "sources": [source], "packing": "best_fit", "isolate_documents": True}
+    stat = os.stat(path)
+    identity = {
+        "format": 2,
+        "data": read | {"validation": 0.05, "seed": 42},
+        "tokenizer": settings,
+        "sources": [fingerprint([[path, stat.st_size, stat.st_mtime_ns]])],
+    }
+    assert prepare(data).older_name == f"packed-{fingerprint(identity)}"
+
+
+def test_source_that_is_gone(data, tmp_path, caplog):
+    first = prepare(data)
+    (tmp_path / "a.jsonl").unlink()
+    assert prepare(data).content == first.content
+    assert "no such file" in caplog.text and str(first.directory) in caplog.text
+    with pytest.raises(DataError, match="no such file"):
+        prepare(data, seed=1)
+
+
 def test_changed_tokenizer_gives_another_cache(data, tmp_path):
     first = prepare(data)
     assert prepare(data, TokenizerSettings(train_bpe=281)).directory != first.directory
@@ -122,9 +176,9 @@ def test_changed_tokenizer_gives_another_cache(data, tmp_path):
     assert texts_of(third.train, third.tokenizer) == texts_of(second.train, second.tokenizer)
 
 
-def flip_byte(path):
+def flip_last_bit(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[-1] ^= 1
     path.write_bytes(content)
 
 
@@ -136,7 +190,7 @@ def edit_manifest(folder, **changes):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: flip_byte(folder / "train.arrow"),
+        lambda folder: flip_last_bit(folder / "train.arrow"),
         lambda folder: os.truncate(folder / "train.arrow", 1000),
         lambda folder: (folder / "validation.arrow").unlink(),
         lambda folder: (folder / MANIFEST).unlink(),

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hf_softpick.data.contents import Contents
 from hf_softpick.data.settings import SourceSettings
 from hf_softpick.data.sources import open_sources
 from hf_softpick.errors import DataError
@@ -99,18 +100,16 @@ def test_load_dataset_arguments(tmp_path):
     assert read("json", data_files=[str(tmp_path / "y.jsonl")], text_column="body") == ["from json"]
 
 
-def test_load_dataset_identity_follows_the_content(tmp_path):
-    """The fingerprint of `datasets` must be the same in the next call, and another when the file changes."""
+def test_load_dataset_content_is_that_of_the_texts(tmp_path):
+    """The fingerprint of `datasets` is a path and a time."""
 
-    def identity():
-        [source] = open_sources([SourceSettings(path="parquet", data_files=str(tmp_path / "x.parquet"))])
-        return [shard.identity for shard in source.shards]
+    def content(texts, name):
+        write_parquet(tmp_path / name, texts)
+        [source] = open_sources([SourceSettings(path="parquet", data_files=str(tmp_path / name))])
+        return source.content(Contents(tmp_path / "cache"))
 
-    write_parquet(tmp_path / "x.parquet", TEXTS)
-    before = identity()
-    assert identity() == before
-    write_parquet(tmp_path / "x.parquet", [*TEXTS, "more"])
-    assert identity() != before
+    assert content(TEXTS, "x.parquet") == content(TEXTS, "x.parquet") == content(TEXTS, "y.parquet")
+    assert content([*TEXTS, "more"], "x.parquet") != content(TEXTS, "y.parquet")
 
 
 def test_folder_of_save_to_disk(tmp_path):
