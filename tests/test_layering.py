@@ -15,11 +15,12 @@ KERNEL_FILES = sorted(KERNELS.glob("*/torch-ext/**/*.py"))
 ALLOWED = {
     "modeling": {"softpick_attention"},
     "data": {"errors", "files"},
-    "training": {"analysis", "data", "modeling", "errors", "files", "versions"},
+    "training": {"analysis", "data", "modeling", "errors", "files", "generation_settings", "versions"},
     "analysis": {"hf_softpick", "data", "modeling", "errors", "files", "versions"},
-    "conversion": {"hf_softpick", "modeling", "errors", "files", "versions"},
+    "conversion": {"hf_softpick", "modeling", "errors", "files", "generation_settings", "versions"},
     "errors": set(),
     "files": {"errors"},
+    "generation_settings": set(),
     "versions": set(),
     "commands": {"errors"},
 }

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_softpick.conversion.generation import usable_generation_config
 from hf_softpick.conversion.settings import Settings, override_normalizer, read_settings
 from hf_softpick.conversion.sources import TOKENIZER_FILES, Source, fingerprint, locate, open_source, read_json
 from hf_softpick.conversion.tensors import (
@@ -25,6 +24,7 @@ from hf_softpick.conversion.tensors import (
 )
 from hf_softpick.errors import CheckpointError, RecipeError, StorageError
 from hf_softpick.files import umask, write_json
+from hf_softpick.generation_settings import usable_generation_config
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.versions import versions

@@ -116,7 +116,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
     """Save such that a prompt gets what a training document begins with: BOS if the recipe adds it, and never EOS.
 
     Raises:
-        DataError: the tokenizer's own class overrules this when it is loaded again.
+        DataError: something in it cannot be written, or its own class overrules this when it is loaded again.
     """
     from tokenizers import processors
     from transformers import AutoTokenizer
@@ -131,7 +131,10 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
             pair=f"{bos} $A {bos}:1 $B:1" if bos else "$A $B:1",
             special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
         )
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"tokenizer '{settings.from_ or 'train_bpe'}' cannot be saved: {error}") from error
     if not _prompt_is_right(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), settings):
         raise DataError(
             f"tokenizer '{settings.from_ or 'train_bpe'}' cannot be saved so that a prompt starts "

@@ -1,18 +1,116 @@
-"""The end of a run: RUN/final as others load it, whether it is still whole, and its upload."""
+"""The end of a run: RUN/final as others load it, a trial of saving it, whether it is still whole, and its upload."""
 
+import contextlib
 import json
+import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_softpick.errors import CheckpointError, StorageError
+import torch
+
+from hf_softpick.data.preparing import PreparedData
+from hf_softpick.errors import CheckpointError, RecipeError, StorageError
 from hf_softpick.files import clear, sync, write_text
+from hf_softpick.generation_settings import mend_generation_config
 from hf_softpick.training import checkpointing, resume
 from hf_softpick.training.build import is_foreign
+from hf_softpick.training.generation import write_samples
 from hf_softpick.training.model_card import model_card
+from hf_softpick.training.plots import plot_losses
 from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.trainer import SoftpickTrainer
 from hf_softpick.versions import versions
+
+logger = logging.getLogger(__name__)
+
+# Weights up to this size are written in the trial too: a second at most.
+_TRIAL_BYTES = 2**28
+
+
+def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str, Any]) -> None:
+    """Write what a checkpoint and RUN/final hold into a folder that goes away again, before anything is trained.
+
+    Every rank calls this, rank 0 writes; of large or sharded models everything but the weights. Generation settings
+    that cannot be saved are left out of the model, and named in the log.
+
+    Raises:
+        RecipeError: something of the model, the tokenizer or the recipe cannot be saved.
+        StorageError: the run folder cannot be written.
+    """
+    fault: Exception | None = None
+    changed = mend_generation_config(trainer.model)
+    if trainer.is_world_process_zero():
+        for sentence in changed:
+            logger.warning("model.from %s: %s", recipe.model.from_, sentence)
+        scratch = recipe.run.directory / ".trial-staging"
+        try:
+            clear(scratch)
+            with _for_generation(trainer.model):
+                trainer._save(str(scratch), None if _is_small(trainer.model) else {"trial": torch.zeros(1)})
+            _write_card(scratch, trainer.model, recipe, {"parameters": 0}, data_report)
+        except Exception as error:  # whatever the writers of others raise: here it costs nothing yet
+            fault = error
+        with contextlib.suppress(OSError):
+            clear(scratch)
+    if not any(trainer._agree(fault is not None)):
+        return
+    reason = f"{type(fault).__name__}: {' '.join(str(fault).split())}" if fault else "see rank 0"
+    if fault and checkpointing.is_storage_fault(fault):
+        raise StorageError(f"{recipe.run.directory} cannot hold a checkpoint: {reason}. Make room, then try again.")
+    raise RecipeError(
+        f"The model of this run cannot be saved, so nothing was trained ({reason}). Mend what it names in "
+        f"{recipe.model.from_ or 'the recipe'}."
+    )
+
+
+def _is_small(model: torch.nn.Module) -> bool:
+    parameters = list(model.parameters())
+    sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    return not sharded and sum(parameter.nbytes for parameter in parameters) <= _TRIAL_BYTES
+
+
+@contextlib.contextmanager
+def _for_generation(model: Any) -> Iterator[None]:
+    """The Trainer turns the cache off for training; whoever generates with the saved model wants it."""
+    model.config.use_cache = True
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = False
+
+
+def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    """The end of a run that trained all its steps: last evaluation, samples, final/, upload.
+
+    Returns:
+        step, tokens_seen, losses, ... of the last step.
+    """
+    directory, step = recipe.run.directory, trainer.state.global_step
+    evaluation = trainer.final_evaluation()
+    samples = write_samples(trainer, recipe, data.tokenizer, step)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    results = {
+        "step": step,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "last_loss": losses[-1] if losses else _mean_loss(trainer),
+        **evaluation,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+    }
+    final = write_final(trainer, recipe, dict(results), data.report)
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.metrics.read(), directory / "report" / "loss.png", recipe.run.name)
+        resume.write_finished(recipe, step, results, final)
+        _print_end(directory, results, samples, len(data.tokenizer))
+    # Uploading may take long, and may fail: nobody else has to wait for it.
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero() and not is_uploaded(recipe):
+        upload(recipe)
+    return results
 
 
 def write_final(
@@ -41,11 +139,8 @@ def write_final(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     _agree(trainer, fault, final)
     try:
-        # The Trainer turned the cache off for training; whoever generates with the saved model wants it.
-        model.config.use_cache = True
-        if model.generation_config is not None:
-            model.generation_config.use_cache = True
-        trainer.save_model(str(staging))
+        with _for_generation(model):
+            trainer.save_model(str(staging))
         if main:
             _write_card(staging, model, recipe, results, data_report)
             files = checkpointing.record_files(staging)
@@ -54,8 +149,6 @@ def write_final(
         if not checkpointing.is_storage_fault(error):
             raise
         fault = error
-    finally:
-        model.config.use_cache = False
     _agree(trainer, fault, final)
     return files
 
@@ -150,3 +243,19 @@ def upload(recipe: Recipe) -> None:
 def _destination(recipe: Recipe) -> dict[str, Any]:
     hub = recipe.training.arguments
     return {"repo": hub.get("hub_model_id") or recipe.run.name, "revision": hub.get("hub_revision")}
+
+
+def _mean_loss(trainer: SoftpickTrainer) -> float:
+    """Mean training loss of a run too short for a log line."""
+    return next((e["train_loss"] for e in reversed(trainer.state.log_history) if "train_loss" in e), math.nan)
+
+
+def _print_end(directory: Path, results: dict[str, Any], samples: list[dict[str, str]], vocabulary: int) -> None:
+    if samples:
+        print(f"\nSample for {samples[0]['prompt']!r}:\n{samples[0]['text']}\n")
+    if "eval_loss" in results:
+        uniform = math.log(vocabulary)
+        print(f"Validation loss {results['eval_loss']:.4f} nats a token; ln(vocabulary size) is {uniform:.4f}.")
+    print(f"Loss plot: {directory / 'report' / 'loss.png'}")
+    print(f"Model: {directory / 'final'}")
+    print(f"Run folder: {directory}", flush=True)

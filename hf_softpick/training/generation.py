@@ -1,9 +1,13 @@
 """Text samples during and after training."""
 
+import json
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_softpick.training.recipe import Recipe
+from hf_softpick.training.trainer import SoftpickTrainer
 
 
 def sample_texts(
@@ -45,4 +49,23 @@ def sample_texts(
                 samples.append({"prompt": prompt, "text": tokenizer.decode(output[0], skip_special_tokens=True)})
     finally:
         model.train(training)
+    return samples
+
+
+def write_samples(
+    trainer: SoftpickTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int
+) -> list[dict[str, str]]:
+    """Generate one text for each prompt and append them to report/samples.jsonl. All ranks call this."""
+    sharded = trainer.is_deepspeed_enabled
+    samples: list[dict[str, str]] = []
+    with trainer.clock.paused():
+        if sharded or trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+            add_bos = recipe.tokenizer.add_bos
+            samples = sample_texts(model, tokenizer, recipe.eval.prompts, recipe.eval.max_new_tokens, add_bos)
+        if trainer.is_world_process_zero():
+            path = recipe.run.directory / "report" / "samples.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
     return samples

@@ -157,6 +157,11 @@ class _Builder:
 
     def scalar(self, node: ScalarNode, path: KeyPath) -> Any:
         text = node.value
+        if not _is_unicode(text):
+            try:  # JSON writes a character beyond 16 bits as two escapes, which YAML takes for two characters
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                self.problem(node, path, "holds half of a surrogate pair, which no file can hold; write the character")
         if node.style is not None:
             return text
         if _NULL.match(text):

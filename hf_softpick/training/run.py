@@ -1,8 +1,6 @@
 """One run from recipe to finished model: the order of its parts, and nothing that one of them could do itself."""
 
 import contextlib
-import json
-import math
 import os
 import sys
 import warnings
@@ -15,7 +13,6 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 from torch.utils.data import Subset
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_softpick.data.collating import PackedCollator
@@ -26,7 +23,7 @@ from hf_softpick.training import environment, finalize, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
 from hf_softpick.training.build import build_model, check_attention
 from hf_softpick.training.callbacks import MetricsLog, Progress, Samples
-from hf_softpick.training.generation import sample_texts
+from hf_softpick.training.generation import write_samples
 from hf_softpick.training.metrics import MetricsFile
 from hf_softpick.training.plots import plot_losses
 from hf_softpick.training.recipe import Recipe, dump_recipe
@@ -129,6 +126,7 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
             print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
     with _reporters(recipe.run.directory):
         trainer = _make_trainer(recipe, args, data, facts)
+        finalize.check_saving(trainer, recipe, data.report)
         if checkpoint is not None:
             trainer.guard.consecutive = manifest.get("consecutive_skips", 0)
         if main:
@@ -150,7 +148,7 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
             f"Stopped by a signal at step {step} of {trainer.state.max_steps}, saved as checkpoint-{saved[0]}. "
             "Run the same command again to go on."
         )
-    return _finish(trainer, recipe, data)
+    return RunResult(recipe.run.directory, step, finalize.finish(trainer, recipe, data))
 
 
 def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
@@ -242,63 +240,3 @@ def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str
     if recipe.eval.statistics:
         trainer.add_callback(StatisticsLog(trainer, recipe.eval.statistics))
     return trainer
-
-
-def write_samples(
-    trainer: SoftpickTrainer, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int
-) -> list[dict[str, str]]:
-    """Generate one text for each prompt and append them to report/samples.jsonl. All ranks call this."""
-    sharded = trainer.is_deepspeed_enabled
-    samples: list[dict[str, str]] = []
-    with trainer.clock.paused():
-        if sharded or trainer.is_world_process_zero():
-            model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
-            add_bos = recipe.tokenizer.add_bos
-            samples = sample_texts(model, tokenizer, recipe.eval.prompts, recipe.eval.max_new_tokens, add_bos)
-        if trainer.is_world_process_zero():
-            path = recipe.run.directory / "report" / "samples.jsonl"
-            with path.open("a", encoding="utf-8") as file:
-                for sample in samples:
-                    file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
-    return samples
-
-
-def _finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> RunResult:
-    """The end of a run that trained all its steps: last evaluation, samples, final/, upload."""
-    directory, step = recipe.run.directory, trainer.state.global_step
-    evaluation = trainer.final_evaluation()
-    samples = write_samples(trainer, recipe, data.tokenizer, step)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    results = {
-        "step": step,
-        "tokens_seen": trainer.state.num_input_tokens_seen,
-        "last_loss": losses[-1] if losses else _mean_loss(trainer),
-        **evaluation,
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
-    }
-    final = finalize.write_final(trainer, recipe, dict(results), data.report)
-    if trainer.is_world_process_zero():
-        plot_losses(trainer.metrics.read(), directory / "report" / "loss.png", recipe.run.name)
-        resume.write_finished(recipe, step, results, final)
-        _print_end(directory, results, samples, len(data.tokenizer))
-    # Uploading may take long, and may fail: nobody else has to wait for it.
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero() and not finalize.is_uploaded(recipe):
-        finalize.upload(recipe)
-    return RunResult(directory, step, results)
-
-
-def _mean_loss(trainer: SoftpickTrainer) -> float:
-    """Mean training loss of a run too short for a log line."""
-    return next((e["train_loss"] for e in reversed(trainer.state.log_history) if "train_loss" in e), math.nan)
-
-
-def _print_end(directory: Path, results: dict[str, Any], samples: list[dict[str, str]], vocabulary: int) -> None:
-    if samples:
-        print(f"\nSample for {samples[0]['prompt']!r}:\n{samples[0]['text']}\n")
-    if "eval_loss" in results:
-        uniform = math.log(vocabulary)
-        print(f"Validation loss {results['eval_loss']:.4f} nats a token; ln(vocabulary size) is {uniform:.4f}.")
-    print(f"Loss plot: {directory / 'report' / 'loss.png'}")
-    print(f"Model: {directory / 'final'}")
-    print(f"Run folder: {directory}", flush=True)

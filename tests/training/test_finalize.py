@@ -118,3 +118,55 @@ def test_a_run_that_an_older_version_finished(again, capsys):
     (run / "final" / "model.safetensors").unlink()
     assert call() == 0
     assert "model.safetensors is missing" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def llama(finished):
+    """A folder of a tied Llama with generation settings that load and cannot be saved, as Llama-2 checkpoints have."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = finished / "llama"
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, tie_word_embeddings=True, pad_token_id=0, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "max_length": 99, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("trial", ["with weights", "without"])
+def test_generation_settings_that_cannot_be_saved(llama, finished, tmp_path, trial, caplog, monkeypatch):
+    """The first checkpoint would raise, and all that was trained be lost."""
+    if trial == "without":
+        monkeypatch.setattr("hf_softpick.training.finalize._TRIAL_BYTES", 0)
+    recipe = write_recipe(tmp_path, model={"from": str(llama), "normalizer": "softpick"})
+    assert main([str(recipe), "training.max_steps=1"]) == 0
+    assert "temperature, top_p left out" in caplog.text
+    saved = json.loads((tmp_path / "runs" / "tiny" / "final" / "generation_config.json").read_text())
+    assert saved["max_length"] == 99 and saved["use_cache"] is True
+    assert not {"temperature", "top_p"} & saved.keys()
+    assert not list((tmp_path / "runs" / "tiny").glob(".*staging"))
+
+
+def test_a_model_that_cannot_be_saved_is_found_before_a_step(llama, tmp_path, capsys, monkeypatch):
+    """Whatever it is that transformers refuses only when it saves."""
+
+    def refuse(*_, **__):
+        raise TypeError("unhashable rope")
+
+    monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", refuse)
+    recipe = write_recipe(tmp_path, model={"from": str(llama), "normalizer": "softpick"})
+    assert main([str(recipe), "training.max_steps=1"]) == 2
+    assert "cannot be saved, so nothing was trained (TypeError: unhashable rope)" in capsys.readouterr().err
+    run = tmp_path / "runs" / "tiny"
+    assert not (run / "metrics.jsonl").exists() and not list((run / "checkpoints").iterdir())
+    assert not list(run.glob(".*staging"))
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_data(finished, tmp_path, capsys):
+    """A chat template with half of a surrogate pair loads, and no file can hold it."""
+    tokenizer = shutil.copytree(finished / "runs" / "tiny" / "final", tmp_path / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text()) | {"chat_template": "\ud800"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert main([str(write_recipe(tmp_path, tokenizer={"train_bpe": None, "from": str(tokenizer)}))]) == 3
+    assert "cannot be saved: 'utf-8' codec" in capsys.readouterr().err

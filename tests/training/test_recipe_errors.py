@@ -298,6 +298,12 @@ def test_names_that_are_not_utf8(message, name):
     assert "the name is not UTF-8 text" in message(f"{name}=1")
 
 
+def test_half_a_character(message):
+    """No file can hold it; JSON writes whole ones beyond 16 bits as two escapes."""
+    assert "eval.prompts.0 holds half of a surrogate pair" in message(r'eval.prompts=["\ud800"]')
+    assert load_recipe("r.yaml", [r'eval.prompts=["\ud83d\ude00"]']).eval.prompts == ["\U0001f600"]
+
+
 def test_code_from_the_hub_is_refused(message):
     assert "must not be able to run code" in message("model.trust_remote_code=true")
 

@@ -1,4 +1,4 @@
-"""The generation settings of a source, as far as transformers accepts them."""
+"""The generation settings of a model that others made, as far as transformers saves them."""
 
 from typing import Any
 
@@ -32,3 +32,16 @@ def usable_generation_config(raw: dict[str, Any], warnings: list[str]) -> Any | 
         return found
     warnings.append(f"generation_config.json was left out: transformers refuses it ({reason}).")
     return None
+
+
+def mend_generation_config(model: Any) -> list[str]:
+    """Leave out what transformers would refuse to save of `model.generation_config`; what was left out, as sentences.
+
+    A checkpoint may hold such settings (a temperature without sampling, as Llama-2 has) and load without a word.
+    """
+    warnings: list[str] = []
+    if model.generation_config is not None:
+        found = usable_generation_config(model.generation_config.to_dict(), warnings)
+        if warnings:
+            model.generation_config = found or type(model.generation_config).from_model_config(model.config)
+    return warnings
