@@ -109,3 +109,34 @@ def test_merged_is_the_same_as_added():
     merged, expected = first.result(), whole.result()
     assert merged.pop("kurtosis") == pytest.approx(expected.pop("kurtosis"), rel=1e-12)
     assert merged == expected
+
+
+def test_unequal_parts_merge_into_the_whole():
+    """Of different sizes, means, spreads and skews, so that every term of the pairwise formulas counts."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((50, 0.5, 0.0), (7, 1.5, 30.0), (21, 0.1, -20.0))
+    parts = [(spread * torch.randn(n, 32, generator=generator).double()).exp() + mean for n, spread, mean in shapes]
+    parts[0][3, 5], parts[1][2, 1], parts[1][6, 0], parts[2][9, 9] = -5e3, 9e4, -8e4, 4e4
+    added = [ActivationStatistics() for _ in range(3)]
+    for row, (statistics, part) in enumerate(zip(added, parts, strict=True)):
+        statistics.add(part[None], first_row=row)
+    alone = [statistics.result() for statistics in added]
+    added[1].merge(added[2])
+    added[0].merge(added[1])
+    merged = added[0].result()
+    for name, value in activations(parts).items():
+        assert merged[name] == pytest.approx(value, rel=1e-9), name
+    places = [place for one in alone for place in one["massive_at"]]
+    assert merged["massive_at"] == sorted(places, key=lambda place: -abs(place["value"])) and len(places) == 4
+    assert merged["largest"]["row"] == 1
+
+
+def test_numbers_that_are_none_are_counted():
+    x = _tensor()
+    x[0, 1, 2], x[0, 3, 4], x[1, 0, 0], x[1, 49, 31] = (float(word) for word in ("nan", "inf", "-inf", "nan"))
+    statistics, other = ActivationStatistics(), ActivationStatistics()
+    statistics.add(x)
+    assert statistics.nonfinite == 4
+    other.add(x[1:])
+    statistics.merge(other)
+    assert statistics.nonfinite == 6

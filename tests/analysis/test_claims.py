@@ -28,6 +28,9 @@ def test_the_paper_is_reproduced_by_its_own_figures(tmp_path):
     assert [row["verdict"] for row in rows] == ["reproduced"] * 7
     assert rows[KURTOSIS]["figures"] == {"softmax-a": {"kurtosis": 33510.0}, "softpick-a": {"kurtosis": 340.0}}
     assert rows[MAXIMUM]["figures"]["softmax-a"]["maximum"] == 240.0
+    assert "By the usual thresholds neither has massive activations." in rows[MAXIMUM]["detail"]
+    assert {rows[i]["sample"] for i in (REMOVED, KURTOSIS, MAXIMUM, SPARSE)} == {"8,192 tokens in 40 sequences"}
+    assert rows[QUANTIZED]["sample"] == "8,192 tokens"
     # 36 sequences, 4 layers, 6 heads
     assert rows[SINK]["sample"] == "864 maps, 36 sequences" and "0.12%" in rows[SINK]["detail"]
     assert "By the paper's measure, up to 1e-5: softpick-a 47.00%, softmax-a 0.00%" in rows[SPARSE]["detail"]
@@ -46,6 +49,7 @@ def test_the_paper_is_reproduced_by_its_own_figures(tmp_path):
         ((0.5, 9.0, 9.0, 0.0), (0.0, 99.0, 5.0, 0.3), ("reproduced",) * 2 + ("not reproduced", "reproduced")),
         (("nan", "nan", 9.0, 0.0), (0.0, 3.0, "inf", 0.3), ("reproduced",) + ("not measured",) * 3),
         ((0.5, 9.0, 9.0, 0.0), ("nan", 3.0, 3.0, 0.3), ("not measured",) * 2 + ("reproduced",) * 2),
+        ((0.5, 0.0, 9.0, 0.0), (0.0, -1.0, 3.0, 0.3), ("reproduced",) * 2 + ("not measured", "reproduced")),
     ],
 )
 def test_verdicts_of_statistics(tmp_path, softmax, softpick, verdicts):
@@ -57,6 +61,16 @@ def test_verdicts_of_statistics(tmp_path, softmax, softpick, verdicts):
         write(run / "report/statistics.json", record)
     rows = judged(runs)
     assert tuple(row["verdict"] for row in rows[:4]) == verdicts
+
+
+@pytest.mark.parametrize(("softmax", "softpick"), [(0, 3), (3, 0), (2, 2)])
+def test_massive_activations_of_one_run_are_not_those_of_neither(tmp_path, softmax, softpick):
+    runs = write_pair(tmp_path)
+    for run, count in zip(runs, (softmax, softpick), strict=True):
+        record = statistics(run.name, run.name.split("-")[0], 0.0, 3.0, 9.0, 0.4)
+        record["summary"]["massive_activations"] = count
+        write(run / "report/statistics.json", record)
+    assert "neither" not in judged(runs)[MAXIMUM]["detail"]
 
 
 def test_no_sink_anywhere_is_said_plainly(tmp_path):
@@ -100,6 +114,8 @@ def test_sparse_needs_no_baseline(tmp_path, share, verdict):
         ({"int8": 0.0004, "int4": 0.3}, {"int8": 0.0009, "int4": 0.1}, "reproduced", "no difference in int8"),
         ({"int8": 0.0004}, {"int8": -0.0001}, "not measured", "Nothing to tell them apart"),
         ({"int8": 0.0009}, {"int8": -0.0021}, "not measured", "Nothing to tell them apart"),
+        ({"int4": 0.3004}, {"int4": 0.3}, "not measured", "they lose the same in int4"),
+        ({"int4": 0.3, "int2": 2.0}, {"int4": 0.3004, "int2": 1.0}, "reproduced", "no difference in int4"),
         ({"int4": 0.2}, {"int2": 0.1}, "not measured", "no format was measured in both"),
         ({"int2": "nan"}, {"int2": 2.0}, "reproduced", "less in int2"),
         ({"int2": 2.0}, {"int2": "nan"}, "not reproduced", "more in int2"),
@@ -116,12 +132,18 @@ def test_verdicts_of_quantization(tmp_path, softmax, softpick, verdict, word):
 
 @pytest.mark.parametrize(
     "loss, verdict, word",
-    [(3.02, "reproduced", "higher"), (3.06, "not reproduced", "higher"), (2.9, "not reproduced", "better")],
+    [
+        (3.02, "reproduced", "higher"),
+        (2.98, "reproduced", "lower"),
+        (3.06, "not reproduced", "higher"),
+        (2.9, "not reproduced", "better"),
+    ],
 )
 def test_equal_training_loss_is_within_a_percent(tmp_path, loss, verdict, word):
     runs = [write_run(tmp_path, "m", "softmax", 3.0), write_run(tmp_path, "p", "softpick", loss)]
     row = judged(runs)[LOSS]
     assert row["verdict"] == verdict and word in row["detail"] and "nats" in row["detail"]
+    assert ("better than equal" in row["detail"]) == (word == "better")
 
 
 @pytest.mark.parametrize("lines, verdict", [(1, "not measured"), (2, "not measured"), (3, "reproduced")])

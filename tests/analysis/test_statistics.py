@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from hf_softpick import SoftpickConfig, SoftpickForCausalLM
+from hf_softpick.analysis.attention_rows import AttentionRows
+from hf_softpick.analysis.attention_statistics import AttentionStatistics, documents_of
 from hf_softpick.analysis.statistics import ModelStatistics, measure
 from hf_softpick.modeling.attention_masks import visible_keys
 from hf_softpick.modeling.normalizers import NORMALIZERS
@@ -246,6 +248,49 @@ def test_tiles_without_a_positive_score():
                     found = [tiles(scores[row, head], see[row], size) for row in range(2)]
                     assert rows.tiles[index, head] == sum(total for total, _ in found)
                     assert rows.empty_tiles[index, head] == sum(empty for _, empty in found) > 0
+
+
+def _rows(mass, received, tiles):
+    """AttentionRows of one sequence and two heads, from row masses [2, T] and what keys receive [2, T]."""
+    length = mass.shape[1]
+    index = torch.arange(length)[None, None]
+    ones = torch.ones(1, 2, length)
+    tiles = torch.tensor([[tiles, tiles]] * 2)
+    return AttentionRows(mass[None], ones, ones, ones, received[None], index + 1, length - index, tiles, tiles // 2)
+
+
+def test_ranks_add_up():
+    """A head is dormant only where every sequence says so, and tiles of all ranks count."""
+    quiet, busy = torch.full((2, 40), 0.001), torch.full((2, 40), 0.5)
+    mixed = torch.stack([quiet[0], busy[0]])
+    ranks = [AttentionStatistics() for _ in range(4)]
+    with pytest.raises(ValueError, match="no batch has been added"):
+        ranks[3].result()
+    for rank, mass, count in zip(ranks, (quiet, mixed, mixed), (8, 2, 6), strict=False):
+        rank.add(_rows(mass, mass.flip(1), count), documents_of(1, 40, None, None, "cpu"))
+    ranks[0].tiles[1] = 8  # all of its tiles are empty
+    for other in ranks[1:]:
+        ranks[0].merge(other)
+    result = ranks[0].result()
+    assert result["dormant"] == [True, False]
+    assert result["empty_tiles_64"] == result["empty_tiles_128"] == [(8 + 1 + 3) / 16] * 2
+    assert result["row_mass"] == pytest.approx([0.001, (0.001 + 0.5 + 0.5) / 3])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_is_no_document(padding):
+    """generate() gives padding positions of its own, 0 or 1; they begin nothing. Documents beside it are refused."""
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[0, :4] = False
+    real = real if padding == "left" else real.flip(1)
+    position = (real.cumsum(-1) - 1).masked_fill(~real, 1)
+    found = documents_of(2, 9, position, real, "cpu")
+    assert found.length.tolist() == [5, 9] and found.first.tolist() == ([4, 9] if padding == "left" else [0, 9])
+    assert found.index[0].tolist() == [0 if token else 2 for token in real[0].tolist()]
+    assert found.position[1].tolist() == list(range(9))
+    position[1, 5:] -= 5
+    with pytest.raises(ValueError, match="rows with padding hold several documents"):
+        documents_of(2, 9, position, real, "cpu")
 
 
 def test_batches_merge_into_the_whole():
