@@ -110,9 +110,9 @@ def convert(
 
 def _check_destination(destination: Path) -> None:
     """Before any work: nothing may lie there but an empty folder. A link cannot be replaced by a folder."""
-    if destination.is_symlink():
-        raise RecipeError(f"{destination} is a link. Give the folder itself, or one that does not exist.")
     try:
+        if destination.is_symlink():
+            raise RecipeError(f"{destination} is a link. Give the folder itself, or one that does not exist.")
         if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
             raise RecipeError(
                 f"{destination} exists already and is not empty. Give another folder; nothing is replaced."

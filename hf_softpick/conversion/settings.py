@@ -253,8 +253,6 @@ def _llama_family(raw: dict[str, Any], model_type: str) -> Settings:
     if raw.get("rope_theta") is not None:
         _check_positive("rope_theta", raw["rope_theta"])
     rope = read.rope_parameters
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"rope_parameters is {rope!r}, expected an object with rope_theta.")
     _check_positive("rope_theta in rope_parameters", rope.get("rope_theta"))
     for key, value in rope.items():
         if isinstance(value, dict):

@@ -111,8 +111,9 @@ def test_settings_of_the_ancestor(tmp_path, changes):
 def test_dtype_is_kept(tmp_path, dtype):
     config, tensors = ancestor(attn_impl="parallel_scaled_softpick_attn")
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    model, report = converted(tmp_path, config, tensors)
+    model, report = converted(tmp_path, {**config, "torch_dtype": "float32"}, tensors)
     assert report["target"]["dtype"] == str(dtype).removeprefix("torch.")
+    assert report["warnings"][:1] == [f"config.json of the source says float32; the result is saved in {dtype}."]
     assert {str(p.dtype) for n, p in model.named_parameters() if "head_scale" not in n} == {str(dtype)}
     assert model.model.layers[0].self_attn.head_scale.dtype == torch.float32
     check(model.float(), ancestor_logits(config, tensors, TOKENS))

@@ -105,6 +105,11 @@ def test_tokenizer_from_elsewhere(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         convert(source, tmp_path / "other", tokenizer=str(tmp_path / "empty"))
+    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the tokenizer in .*words cannot be loaded"):
+        convert(source, tmp_path / "other", tokenizer=str(tmp_path / "words"))
+    with pytest.raises(StorageError, match="cannot be read: .*Choose another folder"):
+        convert(source, tmp_path / ("x" * 300))
     assert not (tmp_path / "other").exists()
 
 
@@ -187,6 +192,7 @@ def test_settings_that_cannot_be_expressed(tmp_path, changes, message):
         ({"num_attention_heads": 5}, "not a multiple"),
         ({"hidden_size": "32"}, "is no configuration of llama"),
         ({"hidden_act": "no_such_act"}, "make no softpick configuration"),
+        ({"rope_parameters": 3}, "is no configuration of llama"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a finite number above 0"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
