@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import hf_softpick
 from hf_softpick.errors import CheckpointError
+from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.normalizers import NORMALIZERS
+from hf_softpick.modeling.proving import prove_normalizer, refusal
 
 FINAL = "final"
 
@@ -87,7 +89,8 @@ def load_model(
         **kwargs: for `from_pretrained`, for instance quantization_config.
 
     Raises:
-        CheckpointError: nothing there can be loaded, or parts of the weights are missing.
+        CheckpointError: nothing there can be loaded, parts of the weights are missing, or the model of another
+            architecture does not run the normalizer that its configuration names.
     """
     path, run, name = locate(source)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -107,6 +110,8 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises nearly everything for a wrong path, damaged files or no network
+        if isinstance(error, KeyError) and error.args[0] in NORMALIZERS:
+            raise CheckpointError(f"{source}: {refusal(config.model_type, error.args[0], error)}") from error
         reason = (str(error).strip().splitlines() or [""])[0]
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason += " If you have read and trust it, give --trust-remote-code."
@@ -119,6 +124,12 @@ def load_model(
         )
     if "quantization_config" not in kwargs:
         model.to(device)
+    normalizer = normalizer_of(model)
+    if normalizer != "softmax" and model.config.model_type != SoftpickConfig.model_type:
+        try:
+            prove_normalizer(model, normalizer)
+        except ValueError as error:
+            raise CheckpointError(f"{source}: {error}") from error
     return LoadedModel(model.eval(), tokenizer, name, path, run, begins_with_bos(tokenizer))
 
 

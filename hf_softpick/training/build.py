@@ -10,6 +10,7 @@ from hf_softpick.errors import RecipeError
 from hf_softpick.modeling.attention_triton import TRITON, refuse
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
+from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
 from hf_softpick.training.recipe_model import ModelSettings
 
 _WRONG_SETTINGS = (ValueError, OSError, KeyError)
@@ -90,22 +91,29 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
         implementation = foreign_attention(settings)
     else:
         config.normalizer = settings.normalizer
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        settings.from_,
-        revision=settings.revision,
-        trust_remote_code=False,
-        config=config,
-        dtype=torch.float32,
-        attn_implementation=implementation,
-        output_loading_info=True,
-        use_safetensors=True,  # nothing that is downloaded is ever unpickled
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            settings.from_,
+            revision=settings.revision,
+            trust_remote_code=False,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=implementation,
+            output_loading_info=True,
+            use_safetensors=True,  # nothing that is downloaded is ever unpickled
+        )
+    except KeyError as error:
+        if error.args != (implementation,):
+            raise
+        raise refusal(config.model_type, settings.normalizer, error) from error
     missing = sorted(name for name in loading["missing_keys"] if not name.endswith(".head_scale"))
     if missing:
         raise ValueError(
             f"{settings.from_} has no weights for {len(missing)} parameters ({', '.join(missing[:3])}, ...), which "
             "would start at random. Its config.json does not belong to its weights."
         )
+    if is_foreign(config):
+        prove_causal(model) if settings.normalizer == "softmax" else prove_normalizer(model, settings.normalizer)
     return model
 
 

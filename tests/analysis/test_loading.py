@@ -6,6 +6,7 @@ import pytest
 import torch
 from byte_models import byte_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_foreign import foreign_model
 
 from hf_softpick import SoftpickConfig, SoftpickForCausalLM
 from hf_softpick.analysis.loading import describe, load_model, locate, normalizer_of
@@ -74,3 +75,17 @@ def test_the_normalizer_of_other_architectures_is_their_attention(run):
     llama.set_attn_implementation("softpick")
     assert normalizer_of(llama) == "softpick"
     assert load_model(run, dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "llama"])
+def test_a_normalizer_that_never_runs_is_not_measured(tmp_path, family):
+    """A folder whose configuration names one is measured under it, or refused by that name."""
+    foreign_model(family).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"attn_implementation": "softpick"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if family == "llama":
+        assert describe(load_model(tmp_path, dtype="bfloat16"))["normalizer"] == "softpick"
+    else:
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: .*cannot run with normalizer 'softpick'"):
+            load_model(tmp_path)

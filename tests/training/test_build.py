@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny_foreign import foreign_model
 from training_runs import environment, records, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -96,6 +97,14 @@ def test_what_a_foreign_model_cannot_do_is_refused(tokenizer, llama, fields, mes
     """Named, instead of silently computing something else."""
     with pytest.raises(RecipeError, match=message):
         build_model(_settings(**{"from": str(llama), **fields}), tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo", "mamba"])
+def test_a_normalizer_that_would_never_run_is_refused(tokenizer, tmp_path, family):
+    """BLOOM trained as non-causal softmax, Mamba unchanged, the others ended with "KeyError: 'softpick'"."""
+    foreign_model(family, vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="cannot run with normalizer 'softpick'.*Use normalizer 'softmax'"):
+        build_model(_settings(**{"from": str(tmp_path), "normalizer": "softpick"}), tokenizer, seed=0)
 
 
 def test_tokenizer_larger_than_the_model(tokenizer, tmp_path):

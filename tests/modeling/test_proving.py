@@ -1,0 +1,78 @@
+"""A model of another architecture is proven to compute its normalizer, or refused: nothing is believed by its name."""
+
+import pytest
+import torch
+from tiny_foreign import foreign_model
+from transformers.models.llama import modeling_llama
+
+from hf_softpick.modeling.proving import prove_causal, prove_normalizer
+
+PROVEN = ["llama", "gemma3_text", "gpt2", "gpt_neox", "opt", "diffllama", "qwen2_moe"]
+HYBRID = ["bamba", "jamba", "lfm2", "qwen3_next"]
+NONE_CALLED = "0 of its 2 attention layers call the registered attention"
+REFUSED = {
+    "bloom": f"{NONE_CALLED}, and aten::_softmax ran beside it",
+    "codegen": NONE_CALLED,
+    "xglm": NONE_CALLED,
+    "openai-gpt": NONE_CALLED,
+    "xlnet": NONE_CALLED,
+    "rwkv": NONE_CALLED,
+    "mamba": "0 of its 0 attention layers",
+    "mpt": "AttributeError",
+    "bert": "not causal",
+    "gemma2": "softcap",
+}
+
+
+@pytest.mark.parametrize("family", [*PROVEN, *HYBRID])
+def test_families_that_run_our_attention_are_proven(family):
+    """Hybrid models have fewer attention layers than layers. Mode and random state stay as they were."""
+    model = foreign_model(family, "softpick")
+    before = torch.random.get_rng_state()
+    prove_normalizer(model, "softpick")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_run_something_else_are_refused(family):
+    model = foreign_model(family, "softpick")
+    with pytest.raises(ValueError, match=REFUSED[family]) as caught:
+        prove_normalizer(model, "softpick")
+    assert f"{type(model).__name__} cannot run with normalizer 'softpick'" in str(caught.value)
+
+
+def test_one_layer_of_its_own_is_found(monkeypatch):
+    """A softmax in one layer of two, and a layer without any attention."""
+    model = foreign_model("llama", "softpick")
+    own = foreign_model("llama", "eager")
+    model.model.layers[1].self_attn = own.model.layers[1].self_attn
+    with pytest.raises(ValueError, match="1 of its 2 .*_softmax ran beside it"):
+        prove_normalizer(model, "softpick")
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", lambda _, q, *a, **k: (q.transpose(1, 2), None))
+    with pytest.raises(ValueError, match="1 of its 2 attention layers call the registered attention. Use"):
+        prove_normalizer(model, "softpick")
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_a_model_that_sees_later_tokens_is_refused(normalizer):
+    """Encoders are among transformers' causal models, and train without a word on what they shall predict."""
+    if normalizer == "softmax":
+        model, prove = foreign_model("bert"), prove_causal
+    else:
+        model = foreign_model("llama", "softpick")
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda _, args, out: out + out.roll(-1, 1))
+        prove = lambda model: prove_normalizer(model, "softpick")  # noqa: E731
+    with pytest.raises(ValueError, match="its tokens see later ones"):
+        prove(model)
+    prove_causal(foreign_model("bloom"))
+
+
+def test_without_an_effect_nothing_is_proven():
+    """Calls alone prove nothing where their result is thrown away."""
+    model = foreign_model("llama", "softpick")
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    with pytest.raises(ValueError, match="same with softmax"):
+        prove_normalizer(model, "softpick")
