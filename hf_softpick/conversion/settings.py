@@ -59,11 +59,11 @@ _ONLY = {
 }
 # How the source computes, or what it writes of itself: the function is the same with any value.
 _WITHOUT_EFFECT = set(
-    "_attn_implementation_autoset _flash_attn_2_enabled _name_or_path architectures bad_words_ids cls_token_id dtype "
-    "fuse_cross_entropy fuse_linear_cross_entropy fuse_norm fuse_swiglu is_llama_config mask_token_id "
-    "max_window_layers model_max_length model_type neftune_noise_alpha pretraining_tp sep_token_id tokenizer_class "
-    "torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version use_cache "
-    "use_flash_attention use_l2warp".split()
+    "_attn_implementation_autoset _flash_attn_2_enabled _model_name_or_path _name_or_path architectures "
+    "bad_words_ids cls_token_id dtype fuse_cross_entropy fuse_linear_cross_entropy fuse_norm fuse_swiglu "
+    "is_llama_config mask_token_id max_window_layers model_max_length model_type neftune_noise_alpha pretraining_tp "
+    "sep_token_id tokenizer_class torch_dtype transformers.js_config transformers_version unk_token_id "
+    "unsloth_fixed unsloth_version use_cache use_flash_attention use_l2warp".split()
 )
 # Keys of published folders that would change the function with any other value than the one that stands here.
 _HARMLESS_AT = {

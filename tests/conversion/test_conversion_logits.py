@@ -162,6 +162,7 @@ PUBLISHED = {
         "use_cache": True,
     },
     "Llama-2-7b-hf": {"_name_or_path": "meta-llama/Llama-2-7b-hf", "pad_token_id": 0, "pretraining_tp": 1},
+    "from a GGUF file": {"_model_name_or_path": "Smollm2 135M 8k Lc100K Mix1 Ep2", "_name_or_path": "x"},
     "fine-tuned": {"unk_token_id": 0, "model_max_length": 64, "neftune_noise_alpha": 5, "unsloth_version": "2025.1.1"},
     "exported": {"use_sliding_window": False, "max_window_layers": 28, "partial_rotary_factor": 1.0, "head_dim": 8},
 }
