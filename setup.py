@@ -35,6 +35,7 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.49", "hqq>=0.2.8", "optimum-quanto>=0.2.7", "torchao>=0.15"],
     # Compiles for long.
     "gptq": ["gptqmodel>=5"],
+    "zstd": ['backports.zstd>=1; python_version < "3.14"'],
     "deepspeed": ["deepspeed>=0.19"],
     "wandb": ["wandb>=0.20"],
     "tensorboard": ["tensorboard>=2.18"],

@@ -68,6 +68,8 @@ def format_report(prepared: "PreparedData") -> str:
                 f"{report[f'{split}_tokens']:,} tokens in {report[f'{split}_rows']:,} rows of {report['seq_len']:,}, "
                 f"{report[f'{split}_padding']:.3%} padding"
             )
+    lines += [f"{'notice':<12} {line}" for line in report["notices"]]
+    lines += [f"{'commit':<12} {commit} of {path}" for path, commit in report.get("commits", {}).items()]
     seconds = ", ".join(f"{report[f'seconds_{step}']:.1f} s {step}" for step in ("tokenizer", "tokenizing", "packing"))
     lines.append(f"{'reused' if report['from_cache'] else 'prepared':<12} {prepared.directory} ({seconds})")
     return "\n".join(lines)

@@ -73,8 +73,7 @@ class Contents:
     def _read(self, file: Path) -> str:
         try:
             name, state = _state(os.stat(file))
-            with open(file, "rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            digest = _sha256(file)
             is_same = (name, state) == _state(os.stat(file))
         except OSError as error:
             raise DataError(
@@ -106,6 +105,14 @@ class Contents:
                 write_text(self.path, json.dumps(self.known))
         finally:
             lock.release()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _state(stat: os.stat_result) -> tuple[str, list[int]]:

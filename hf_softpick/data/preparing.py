@@ -13,8 +13,9 @@ import numpy as np
 
 from hf_softpick.data.cache import build_once, cache_root, fingerprint, read_manifest
 from hf_softpick.data.contents import Contents
+from hf_softpick.data.identity import FORMAT, asked_for, content_of, identity_of, older_name
 from hf_softpick.data.packing import RowPlan, hold_out, plan_rows
-from hf_softpick.data.redaction import redacted_errors
+from hf_softpick.data.redaction import redact, redacted_errors
 from hf_softpick.data.settings import DataSettings, TokenizerSettings
 from hf_softpick.data.sources import Source, SourceGone, open_sources
 from hf_softpick.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from hf_softpick.data.rows import PackedRows
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 3
-"""Raise it whenever the same settings would give other rows: older caches are then rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class PreparedData:
         older = self.directory.with_name(recorded)
         # A folder of any age and state: whatever cannot be read is no proof.
         with contextlib.suppress(Exception):
-            return _content(older) == self.content
+            return content_of(older) == self.content
         return recorded == self.older_name
 
     def require_rows(self, num_rows: int) -> None:
@@ -85,7 +83,7 @@ def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: boo
         StorageError: the cache folder cannot be written.
     """
     contents = Contents(cache_root(data.cache_dir), progress)
-    asked = f"asked {fingerprint([_settings(data, tokenizer), [os.path.abspath(one.path) for one in data.sources]])}"
+    asked = asked_for(data, tokenizer)
     try:
         sources = open_sources(data.sources)
     except SourceGone as error:
@@ -93,10 +91,14 @@ def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: boo
         manifest = read_manifest(directory, contents)
         if manifest is None:
             raise
-        logger.warning("%s Going on with what was prepared when it was there, %s.", error, directory)
-        return _load(directory, manifest, is_new=False)
+        notice = f"{redact(str(error))} Going on with what was prepared when it was there, {directory}."
+        logger.warning("%s", notice)
+        return _load(directory, manifest, False, {"notices": [notice]})
+    notices = [redact(line) for source in sources for line in source.notices()]
+    for line in notices if os.environ.get("RANK", "0") == "0" else ():
+        logger.warning("%s", line)
     loaded = load_tokenizer(tokenizer) if tokenizer.from_ is not None else None
-    identity = _identity(data, tokenizer, sources, loaded, contents)
+    identity = identity_of(data, tokenizer, sources, loaded, contents)
     directory = contents.path.with_name(f"packed-{fingerprint(identity)}")
 
     def build(staging: Path) -> dict[str, Any]:
@@ -104,75 +106,8 @@ def prepare_data(data: DataSettings, tokenizer: TokenizerSettings, progress: boo
 
     manifest, is_new = build_once(directory, build, contents)
     contents.remember(asked, directory.name)
-    return _load(directory, manifest, is_new, _older_name(data, tokenizer, sources, loaded))
-
-
-def _settings(data: DataSettings, tokenizer: TokenizerSettings) -> list[dict[str, Any]]:
-    """All settings that decide what the rows are. Not where they are kept, nor how many processes make them."""
-    return [data.model_dump(mode="json", exclude={"cache_dir", "num_proc"}), tokenizer.model_dump(mode="json")]
-
-
-def _identity(
-    data: DataSettings,
-    settings: TokenizerSettings,
-    sources: list[Source],
-    tokenizer: "PreTrainedTokenizerFast | None",
-    contents: Contents,
-) -> dict[str, Any]:
-    """All that the rows depend on: of sources and tokenizer what they hold, not where they lie or since when."""
-    identity: dict[str, Any] = {
-        "format": FORMAT,
-        "data": data.model_dump(mode="json", exclude={"cache_dir", "num_proc", "sources"}),
-        "tokenizer": settings.model_dump(mode="json", exclude={"from_", "revision"}),
-        "sources": [
-            [source.settings.model_dump(include=_OF_EACH_DOCUMENT), fingerprint(source.content(contents))]
-            for source in sources
-        ],
-    }
-    if tokenizer is not None:
-        identity["tokenizer_content"] = _tokenizer_content(tokenizer)
-    return identity
-
-
-_OF_EACH_DOCUMENT = {"text_column", "weight", "max_documents"}
-_FORMAT_2 = {
-    "data": {"seq_len", "packing", "isolate_documents", "validation", "seed"},
-    "source": _OF_EACH_DOCUMENT | {"path", "name", "split", "revision", "data_files"},
-    "tokenizer": {"train_bpe", "add_bos", "add_eos"},
-}
-
-
-def _older_name(
-    data: DataSettings, settings: TokenizerSettings, sources: list[Source], tokenizer: "PreTrainedTokenizerFast | None"
-) -> str:
-    """What format 2 called the folder: it took sources by path, size and time."""
-    listed = [source.model_dump(mode="json", include=_FORMAT_2["source"]) for source in data.sources]
-    identity: dict[str, Any] = {
-        "format": 2,
-        "data": data.model_dump(mode="json", include=_FORMAT_2["data"]) | {"sources": listed},
-        "tokenizer": settings.model_dump(mode="json", include=_FORMAT_2["tokenizer"]),
-        "sources": [fingerprint([shard.origin for shard in source.shards]) for source in sources],
-    }
-    if tokenizer is not None:
-        identity["tokenizer_content"] = _tokenizer_content(tokenizer)
-    return f"packed-{fingerprint(identity)}"
-
-
-def _tokenizer_content(tokenizer: "PreTrainedTokenizerFast") -> str:
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return fingerprint([tokenizer.backend_tokenizer.to_str(), special])
-
-
-def _content(directory: Path) -> str:
-    """Identity of a folder's rows and of what their ids mean; no version of a library moves it."""
-    from transformers import AutoTokenizer
-
-    from hf_softpick.data.rows import PackedRows
-
-    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
-    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    rows = {path.stem: PackedRows.open(path).digest() for path in sorted(directory.glob("*.arrow"))}
-    return f"rows-{fingerprint([rows, tokenizer.get_vocab(), ends])}"
+    seen = {"notices": notices, "commits": {redact(s.settings.path): s.commit for s in sources if s.commit}}
+    return _load(directory, manifest, is_new, seen, older_name(data, tokenizer, sources, loaded))
 
 
 def _build(
@@ -223,7 +158,7 @@ def _build(
         "seconds_tokenizing": round(after_tokenizing - after_tokenizer, 3),
         "seconds_packing": round(time.perf_counter() - after_tokenizing, 3),
     }
-    return {"format": FORMAT, "report": report, "content": _content(staging)}
+    return {"format": FORMAT, "report": report, "content": content_of(staging)}
 
 
 def _plan(corpus: TokenizedCorpus, chosen: np.ndarray, data: DataSettings, repeat: bool) -> RowPlan:
@@ -266,7 +201,9 @@ def _write(
             write_rows(staging / f"{split}.arrow", plan, corpus.tokens, pad, data.isolate_documents, bar)
 
 
-def _load(directory: Path, manifest: dict[str, Any], is_new: bool, older_name: str | None = None) -> PreparedData:
+def _load(
+    directory: Path, manifest: dict[str, Any], is_new: bool, seen: dict[str, Any], older_name: str | None = None
+) -> PreparedData:
     from transformers import AutoTokenizer
 
     from hf_softpick.data.rows import PackedRows
@@ -283,7 +220,7 @@ def _load(directory: Path, manifest: dict[str, Any], is_new: bool, older_name: s
         validation=PackedRows.open(validation) if validation.is_file() else None,
         tokenizer=tokenizer,
         directory=directory,
-        report=report | {"from_cache": not is_new},
+        report=report | {"from_cache": not is_new} | seen,
         content=manifest["content"],
         older_name=older_name,
     )

@@ -3,8 +3,10 @@
 What makes a document usable (not empty, chosen by weight) is decided later; here a record is read or refused by name.
 """
 
+import bz2
 import gzip
 import json
+import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,22 @@ from typing import IO, Any, NamedTuple
 
 from hf_softpick.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
+try:
+    from compression import zstd  # from Python 3.14
+except ImportError:
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
+
+KINDS = (".jsonl", ".ndjson", ".json", ".txt")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (".parquet", *(kind + compression for kind in KINDS for compression in ("", *COMPRESSIONS)))
+ALLOWED = f"{', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}, and .parquet"
 # A file whose first records all lack the text column is refused at once, not after hours of counting them as missing.
 _RECORDS_WITHOUT_COLUMN = 100
 _PARQUET_BATCH = 256
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
 
 
 class Record(NamedTuple):
@@ -32,9 +46,11 @@ def suffix_of(path: Path) -> str | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """The supported suffix of `path`, without `.gz`, or None."""
+    """The supported suffix of `path` without compression, `.jsonl` for `.ndjson`, or None."""
     suffix = suffix_of(path)
-    return suffix and suffix.removesuffix(".gz")
+    for compression in COMPRESSIONS if suffix else ():
+        suffix = suffix.removesuffix(compression)
+    return ".jsonl" if suffix == ".ndjson" else suffix
 
 
 def read_file(path: Path, column: str) -> Iterator[Record]:
@@ -46,7 +62,7 @@ def read_file(path: Path, column: str) -> Iterator[Record]:
     read = {".txt": read_text, ".jsonl": read_json_lines, ".json": read_json, ".parquet": read_parquet}[kind_of(path)]
     try:
         yield from read(path) if read is read_text else read(path, column)
-    except (OSError, EOFError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read ({error}). Check the path, its permissions and its compression."
         ) from error
@@ -104,16 +120,20 @@ def read_parquet(path: Path, column: str) -> Iterator[Record]:
             schema = file.schema_arrow
             if column not in schema.names:
                 raise missing_column(str(path), column, schema.names)
+            if schema.names.count(column) > 1:
+                raise DataError(f"{path}: {schema.names.count(column)} columns are called '{column}'. Rename them.")
             kind = schema.field(column).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not any(check(kind) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string)):
+            strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+            if not any(check(kind) for check in strings):
                 raise DataError(
                     f"{path}: column '{column}' holds {kind}, expected strings. Set text_column to a text column."
                 )
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=[column]):
                 try:
-                    texts = batch.column(0).to_pylist()
+                    # By name: a struct `doc` with a field `text` comes along when `doc.text` is asked for.
+                    texts = batch.column(column).to_pylist()
                 except UnicodeDecodeError as error:
                     raise DataError(
                         f"{path}: rows {number + 1} to {number + batch.num_rows}: '{column}' is not UTF-8 ({error}). "
@@ -122,7 +142,7 @@ def read_parquet(path: Path, column: str) -> Iterator[Record]:
                 for text in texts:
                     number += 1
                     yield Record(number, text, "" if text is not None else "null or missing")
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Download or export it again.") from error
 
 
@@ -133,7 +153,7 @@ def parquet_text_bytes(path: Path, column: str) -> int:
 
     try:
         metadata = pyarrow.parquet.read_metadata(path)
-    except (pyarrow.ArrowInvalid, OSError):
+    except (pyarrow.ArrowException, OSError):
         return path.stat().st_size
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     chunks = (group.column(i) for group in groups for i in range(group.num_columns))
@@ -148,7 +168,14 @@ def missing_column(place: str, column: str, found: list[str]) -> DataError:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+    readers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+    return readers.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _open_zst(path: Path, mode: str) -> IO[bytes]:
+    if zstd is None:
+        raise DataError(f"{path}: .zst is read by the package backports.zstd. Run pip install backports.zstd.")
+    return zstd.open(path, mode)
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:

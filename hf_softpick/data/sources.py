@@ -1,76 +1,39 @@
-"""Where documents come from: the standard library, local files, or `datasets.load_dataset`. Knows texts, no tokens.
+"""Where documents come from: the standard library, local files, or the package `datasets`. Knows texts, no tokens.
 
 Every source is a list of shards in a fixed order, and knows what it holds: sample, progress bar and cache need both.
 """
 
 import glob
-import hashlib
 import itertools
-import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from hf_softpick.data.cache import fingerprint, local_path
-from hf_softpick.data.contents import Contents
-from hf_softpick.data.readers import (
-    SUFFIXES,
-    Record,
-    kind_of,
-    missing_column,
-    parquet_text_bytes,
-    read_file,
-    read_text,
-    suffix_of,
-)
+from hf_softpick.data.cache import local_path
+from hf_softpick.data.library import NUM_SHARDS, open_library, open_saved
+from hf_softpick.data.readers import ALLOWED, kind_of, parquet_text_bytes, read_file, read_text, suffix_of
 from hf_softpick.data.settings import SourceSettings
+from hf_softpick.data.shards import Shard, Source, SourceGone, refuse_options
 from hf_softpick.errors import DataError
 
 _SPLIT_NAMES = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
-_LIBRARY_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a source that can be read alone: usually a file."""
-
-    label: str
-    origin: list[Any] = field(repr=False)
-    """Path, size and time, by which older versions knew it: nothing but their records is recognised by it."""
-    num_bytes: int
-    """Estimated bytes of text, for progress and sampling."""
-    read: Callable[[], Iterator[Record]] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of data.sources, resolved to shards."""
-
-    settings: SourceSettings
-    shards: list[Shard]
-    content: Callable[[Contents], Any] = field(repr=False)
-    """What the shards hold, wherever and since whenever it lies there, as a JSON value."""
-
-
-class SourceGone(DataError):
-    """A source is not where it was, or cannot be reached."""
+_NOT_READ = f"passed over, as only {ALLOWED} are read"
 
 
 def open_sources(settings: Sequence[SourceSettings]) -> list[Source]:
     """Resolve every source and read its first records, so that a wrong path or column is an error before any work.
 
     Raises:
-        DataError: a source does not exist, has no readable file, or lacks the text column.
+        DataError: a source does not exist, has no readable file, lacks the text column, or takes no such option.
     """
     sources = [_open_source(one) for one in settings]
     for source in sources:
-        for shard in source.shards[:_LIBRARY_SHARDS]:
+        for shard in source.shards[:NUM_SHARDS]:
             for _ in itertools.islice(shard.read(), 100):
                 pass
     return sources
@@ -80,36 +43,24 @@ def _open_source(settings: SourceSettings) -> Source:
     if settings.path == "stdlib":
         return _standard_library(settings)
     path = local_path("source", settings.path)
-    plain = settings.name is None and settings.data_files is None and settings.revision is None
     if path.is_file():
-        if not plain or not settings.split.isidentifier():
-            raise DataError(
-                f"source '{path}': a single file takes no name, revision, data_files or split slice. "
-                "Remove them; max_documents limits it."
-            )
-        return _files(settings, [path])
+        return _files(settings, "a single file", [path])
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _library(settings, saved=path)
-        if plain and settings.split.isidentifier():
+            return open_saved(settings, path)
+        if settings.name is None and settings.data_files is None:
             return _folder(path, settings)
-    elif glob.has_magic(str(path)):
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        # By where it really is: with links that form a loop, ** meets a file many times.
-        found: dict[Path, Path] = {}
-        for file in files:
-            if kind_of(file) and file.is_file():
-                found.setdefault(file.resolve(), file)
-        if not found:
-            raise SourceGone(f"source '{settings.path}': the pattern matches no file ending in {', '.join(SUFFIXES)}.")
-        return _files(settings, list(found.values()))
-    elif path.is_absolute() or kind_of(path) or settings.path.startswith((".", "~")):
+        return open_library(settings, path)
+    if glob.has_magic(str(path)):
+        return _pattern(path, settings)
+    if path.is_absolute() or kind_of(path) or settings.path.startswith((".", "~")):
         raise SourceGone(f"source '{settings.path}': no such file or folder (looked in {Path.cwd()}). Check the path.")
-    return _library(settings)
+    return open_library(settings, None)
 
 
 def _standard_library(settings: SourceSettings) -> Source:
     """The .py files of the running Python, its tests included where installed (about 31 MB), without site-packages."""
+    refuse_options(settings, "the standard library")
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     files = sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
@@ -120,127 +71,120 @@ def _standard_library(settings: SourceSettings) -> Source:
     shards = []
     for file in files:
         stat, name = file.stat(), file.relative_to(root).as_posix()
-        read = _reader(read_text, file, encoding_errors_drop=True)
+        read = partial(read_text, file, encoding_errors_drop=True)
         shards.append(Shard(str(file), ["stdlib", name, stat.st_size, stat.st_mtime_ns], stat.st_size, read))
     return Source(settings, shards, lambda contents: ["stdlib", contents.digests(files)])
 
 
+def _pattern(path: Path, settings: SourceSettings) -> Source:
+    """Every readable file that matches, once; a folder that matches is read by a pattern with ** alone."""
+    found: dict[Path, Path] = {}  # By where it really is: with links that form a loop, ** meets a file many times.
+    doubts: dict[str, list[str]] = {}
+    for name in sorted(glob.glob(str(path), recursive=True)):
+        file = Path(name)
+        if not file.is_file():
+            if "**" not in settings.path:
+                doubts.setdefault("passed over, as only ** reads folders", []).append(name)
+        elif kind_of(file):
+            found.setdefault(file.resolve(), file)
+        else:
+            doubts.setdefault(_NOT_READ, []).append(name)
+    if not found:
+        raise SourceGone(f"source '{settings.path}': the pattern matches no file of a kind that is read ({ALLOWED}).")
+    return _files(settings, "a pattern", list(found.values()), doubts)
+
+
 def _folder(root: Path, settings: SourceSettings) -> Source:
     """Every readable file below `root`; where names say train, test or validation, only those of the split."""
-    files = [file for file in sorted(root.rglob("*")) if file.is_file() and kind_of(file)]
-    files = [file for file in files if not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)]
+    if not settings.split.isidentifier():
+        raise DataError(
+            f"source '{root}': a folder takes no slice (split={settings.split!r}) without data_files. Name the files, "
+            "or remove the slice; max_documents limits a source."
+        )
+    files: list[Path] = []
+    doubts: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*")):
+        name = file.relative_to(root)
+        hidden = next((part for part in name.parts if part.startswith((".", "_"))), None)
+        if hidden is not None:
+            if hidden == name.name:
+                doubts.setdefault("passed over, as names with . or _ in front are hidden", []).append(str(name))
+        elif file.is_dir():
+            if file.is_symlink():
+                doubts.setdefault("passed over, as links to folders are not followed", []).append(str(name))
+        elif file.is_file() and kind_of(file):
+            files.append(file)
+        else:
+            doubts.setdefault(_NOT_READ, []).append(str(name))
     if not files:
-        raise DataError(f"source '{root}': no file ending in {', '.join(SUFFIXES)} in this folder.")
-    splits = {file: _split_in_name(file.relative_to(root)) for file in files}
+        raise DataError(f"source '{root}': no file of a kind that is read ({ALLOWED}) in this folder.")
+    splits, titles = splits_in_names([file.relative_to(root) for file in files])
     wanted = _SPLIT_NAMES.get(settings.split, settings.split)
-    if any(splits.values()) or wanted != "train":
-        files = [file for file in files if splits[file] == wanted]
+    # Where no file is named after it, training reads what is named after no split.
+    of_split = wanted if wanted in splits.values() or wanted != "train" else None
+    for name, split in splits.items():
+        if split != of_split:
+            reason = f"named after the split '{split}'" if split else f"not named after the split '{wanted}' as others"
+            doubts.setdefault(f"passed over, as {reason}", []).append(str(name))
+    files = [root / name for name, split in splits.items() if split == of_split]
     if not files:
         found = sorted({split for split in splits.values() if split}) or "no file named after a split"
         raise DataError(f"source '{root}': no file of split '{settings.split}'; found {found}.")
-    return _files(settings, files)
+    if of_split is None and titles:
+        doubts["read, though a split's name is a part of theirs"] = titles
+    return _files(settings, "a folder", files, doubts, "split")
 
 
-def _files(settings: SourceSettings, files: list[Path]) -> Source:
+def splits_in_names(names: list[Path]) -> tuple[dict[Path, str | None], list[str]]:
+    """The split that each file belongs to by its name, and the names that only contain such a word, as titles do.
+
+    A split is the whole name of a folder, the last word of a file's name before its numbers, or a word in which two
+    names differ (`train.en.txt` and `test.en.txt`). `the_great_train_robbery.txt` and `test_of_time.txt` are titles.
+    """
+    splits: dict[Path, str | None] = dict.fromkeys(names)
+    alike: dict[tuple, list[tuple[Path, str]]] = {}
+    for name in names:
+        parts = [*name.parts[:-1], name.name.lower().removesuffix(suffix_of(name) or "")]
+        for depth, part in enumerate(parts):
+            words = re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[0-9]+$)", part.lower())
+            words = [word for word in words if word.isalpha() and word not in ("of", "part", "shard", "chunk")]
+            is_file = depth == len(parts) - 1
+            for at, word in enumerate(words):
+                split = _SPLIT_NAMES.get(word)
+                if split:
+                    others = (*parts[:depth], is_file, *words[:at], None, *words[at + 1 :])
+                    alike.setdefault(others, []).append((name, split))
+                    if len(words) == 1 or (is_file and at == len(words) - 1):
+                        splits[name] = splits[name] or split
+    for members in alike.values():
+        if len({split for _, split in members}) > 1:
+            for name, split in members:
+                splits[name] = splits[name] or split
+    in_title = {name for members in alike.values() for name, _ in members if splits[name] is None}
+    return splits, sorted(map(str, in_title))
+
+
+def _files(
+    settings: SourceSettings,
+    what: str,
+    files: list[Path],
+    doubts: dict[str, list[str]] | None = None,
+    *options: str,
+) -> Source:
+    is_text = all(kind_of(file) == ".txt" for file in files)
+    refuse_options(settings, f"{what} of text" if is_text else what, *options, *([] if is_text else ["text_column"]))
     shards = [_file_shard(file, settings.text_column) for file in files]
-    return Source(settings, shards, lambda contents: [list(map(suffix_of, files)), contents.digests(files)])
-
-
-def _split_in_name(path: Path) -> str | None:
-    for word in re.findall(r"[a-z]+", path.as_posix().lower()):
-        if word in _SPLIT_NAMES:
-            return _SPLIT_NAMES[word]
-    return None
+    suffixes = [suffix_of(file) for file in files]
+    return Source(settings, shards, lambda contents: [suffixes, contents.digests(files)], doubts or {})
 
 
 def _file_shard(path: Path, column: str) -> Shard:
     if kind_of(path) is None:
-        raise DataError(f"source '{path}': unknown kind of file; allowed are {', '.join(SUFFIXES)}.")
+        raise DataError(
+            f"source '{path}': unknown kind of file; allowed are {ALLOWED}. The package datasets reads others: "
+            f"{{path: csv, data_files: {path}}}, for example."
+        )
     stat = path.stat()
     num_bytes = parquet_text_bytes(path, column) if kind_of(path) == ".parquet" else stat.st_size
     origin = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    return Shard(str(path), origin, num_bytes, _reader(read_file, path, column))
-
-
-def _reader(read: Callable[..., Iterator[Record]], *args: Any, **kwargs: Any) -> Callable[[], Iterator[Record]]:
-    return lambda: read(*args, **kwargs)
-
-
-def _library(settings: SourceSettings, saved: Path | None = None) -> Source:
-    """What `datasets` loads: a Hub id, a local folder with arguments, or a folder made by save_to_disk."""
-    import datasets
-
-    place = f"source '{settings.path}'"
-    try:
-        if saved is not None:
-            loaded = datasets.load_from_disk(str(saved))
-            loaded = loaded[settings.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(
-                settings.path,
-                settings.name,
-                data_files=settings.data_files,
-                split=settings.split,
-                revision=settings.revision,
-            )
-    except (
-        Exception
-    ) as error:  # datasets raises nearly everything here; each is the user's path, split, name or network
-        reason = str(error.__cause__ or error).strip().splitlines() or [""]
-        kind = SourceGone if isinstance(error, (FileNotFoundError, ConnectionError)) else DataError
-        raise kind(
-            f"{place}: datasets could not load it (name={settings.name}, split={settings.split}, "
-            f"data_files={settings.data_files}, revision={settings.revision}): {type(error).__name__}: {reason[0]}"
-        ) from error
-    column = settings.text_column
-    if column not in loaded.column_names:
-        raise missing_column(place, column, loaded.column_names)
-    kind = getattr(loaded.features[column], "dtype", None)
-    if kind not in ("string", "large_string"):
-        raise DataError(
-            f"{place}: column '{column}' holds {loaded.features[column]}, expected strings. "
-            "Set text_column to a text column."
-        )
-    loaded = loaded.select_columns([column]).with_format("arrow")
-    num_shards = max(1, min(_LIBRARY_SHARDS, len(loaded)))
-    num_bytes = loaded.data.nbytes
-    edges = [len(loaded) * i // num_shards for i in range(num_shards + 1)]
-    shards = [
-        Shard(
-            f"{settings.path} row",
-            [
-                settings.model_dump(include={"path", "name", "split", "revision", "data_files"}),
-                loaded._fingerprint,
-                begin,
-                end,
-            ],
-            num_bytes // num_shards,
-            _reader(_read_rows, loaded, begin, end),
-        )
-        for begin, end in itertools.pairwise(edges)
-    ]
-    return Source(settings, shards, lambda contents: ["datasets", _digest_of_rows(loaded, contents)])
-
-
-def _digest_of_rows(dataset: Any, contents: Contents) -> str:
-    """SHA-256 of the texts. The fingerprint of `datasets` names a path and a time, or what a folder says of itself."""
-    states = [os.stat(file["filename"]) for file in dataset.cache_files]
-    known_by = [dataset._fingerprint, [[s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in states]]
-    key = f"datasets {fingerprint(known_by)}"
-    known = contents.recall(key)
-    if known is None:
-        digest = hashlib.sha256()
-        for record in _read_rows(dataset, 0, len(dataset)):
-            text = record.text if record.text is None else record.text.encode()
-            digest.update(b"\0" if text is None else b"%d:%b" % (len(text), text))
-        known = digest.hexdigest()
-        contents.remember(key, known)
-    return known
-
-
-def _read_rows(dataset: Any, begin: int, end: int) -> Iterator[Record]:
-    number = begin
-    for table in dataset.select(range(begin, end)).iter(batch_size=256):
-        for text in table.column(0).to_pylist():
-            number += 1
-            yield Record(number, text, "" if text is not None else "null or missing")
+    return Shard(str(path), origin, num_bytes, partial(read_file, path, column))

@@ -19,6 +19,7 @@ from hf_softpick.data.cache import MANIFEST, fingerprint
 from hf_softpick.data.preparing import prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from hf_softpick.errors import DataError, StorageError
+from hf_softpick.prepare import format_report
 
 TOKENIZER = TokenizerSettings(train_bpe=280)
 TEXTS = [f"document {number}: " + "the quick brown fox\n" * (number % 9 + 1) for number in range(200)]
@@ -153,9 +154,26 @@ def test_source_that_is_gone(data, tmp_path, caplog):
     first = prepare(data)
     (tmp_path / "a.jsonl").unlink()
     assert prepare(data).content == first.content
-    assert "no such file" in caplog.text and str(first.directory) in caplog.text
+    [notice] = prepare(data).report["notices"]
+    assert "no such file" in notice and str(first.directory) in notice and notice in caplog.text
     with pytest.raises(DataError, match="no such file"):
         prepare(data, seed=1)
+
+
+def test_file_passed_over_is_named(data, tmp_path, caplog):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "folder" / "a.jsonl")
+    sources = [SourceSettings(path=str(tmp_path / "folder"))]
+    assert prepare(data, sources=sources).report["notices"] == []
+    (tmp_path / "folder" / "b.csv").write_text("text")
+    prepared = prepare(data, sources=sources)
+    [notice] = prepared.report["notices"]
+    assert (
+        prepared.report["from_cache"]
+        and "b.csv" in notice
+        and notice in caplog.text
+        and notice in format_report(prepared)
+    )
 
 
 def test_changed_tokenizer_gives_another_cache(data, tmp_path):
