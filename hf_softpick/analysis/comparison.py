@@ -20,6 +20,7 @@ NOT_TRAINING = {
     "model.attn_implementation",
     "data.num_proc",
     "data.cache_dir",
+    "training.export_dtype",
     "training.max_consecutive_skips",
     "training.disable_tqdm",
     "training.report_to",

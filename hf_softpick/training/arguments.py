@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from hf_softpick.errors import RecipeError
 from hf_softpick.training.recipe import Recipe
+from hf_softpick.training.strategy import use_float32_weights
 
 HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
 
@@ -45,6 +46,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         args = TrainingArguments(**given | fixed)
         args.device  # noqa: B018 - sets up the process group, whose errors belong here
         if args.deepspeed_plugin is not None:
+            use_float32_weights(args)
             # ZeRO-3 reads the number of processes from DeepSpeed's own group while the model is made.
             import deepspeed
 

@@ -4,11 +4,12 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_softpick.data.preparing import PreparedData
 from hf_softpick.errors import CheckpointError, RecipeError, StorageError
@@ -142,6 +143,8 @@ def write_final(
         with _for_generation(model):
             trainer.save_model(str(staging))
         if main:
+            if recipe.training.export_dtype != "float32":
+                _cast(staging, getattr(torch, recipe.training.export_dtype), model._keep_in_fp32_modules_strict or ())
             _write_card(staging, model, recipe, results, data_report)
             files = checkpointing.record_files(staging)
             _replace(staging, final)
@@ -160,6 +163,27 @@ def _agree(trainer: SoftpickTrainer, fault: Exception | None, final: Path) -> No
             f"{final} could not be written: {fault or 'it failed on another rank'}. The last checkpoint is kept; "
             "make room and run the same command again."
         )
+
+
+def _cast(folder: Path, dtype: torch.dtype, keep: Collection[str]) -> None:
+    """Rewrite the saved float32 weights as `dtype`, one file at a time; modules in `keep` stay float32."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        weights = {
+            name: tensor if set(keep) & set(name.split(".")) else tensor.to(dtype)
+            for name, tensor in load_file(path).items()
+        }
+        staged = path.with_suffix(".cast")  # not in place: what stays float32 is still read from the file
+        save_file(weights, staged, metadata={"format": "pt"})
+        staged.replace(path)
+        total += sum(tensor.nbytes for tensor in weights.values())
+    for index in folder.glob("*.safetensors.index.json"):
+        written = json.loads(index.read_text(encoding="utf-8"))
+        written["metadata"]["total_size"] = total
+        index.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_card(

@@ -62,7 +62,8 @@ def write_samples(
         if sharded or trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
             add_bos = recipe.tokenizer.add_bos
-            samples = sample_texts(model, tokenizer, recipe.eval.prompts, recipe.eval.max_new_tokens, add_bos)
+            with trainer.autocast():
+                samples = sample_texts(model, tokenizer, recipe.eval.prompts, recipe.eval.max_new_tokens, add_bos)
         if trainer.is_world_process_zero():
             path = recipe.run.directory / "report" / "samples.jsonl"
             with path.open("a", encoding="utf-8") as file:

@@ -94,7 +94,7 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Everything as plain values, defaults included; `load_recipe` reads it back to an equal recipe."""
         sections = self.model_dump(by_alias=True, exclude={"training"})
-        training = {"max_consecutive_skips": self.training.max_consecutive_skips, **self.training.written}
+        training = {**self.training.own, **self.training.written}
         sections["model"] = {name: value for name, value in sections["model"].items() if value is not None}
         if "rope_parameters" in sections["model"]:
             sections["model"]["rope_parameters"] = self.model.rope_parameters.model_dump(exclude_none=True)

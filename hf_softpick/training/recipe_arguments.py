@@ -91,6 +91,8 @@ REFUSED: dict[str, str] = {
     "load_best_model_at_end": "final/ holds the last step; checkpoints/ keeps the others",
     "metric_for_best_model": "final/ holds the last step",
     "greater_is_better": "final/ holds the last step",
+    "bf16_full_eval": "validation computes as training does (training.bf16)",
+    "fp16_full_eval": "validation computes as training does (training.fp16)",
     "trackio_space_id": "report_to knows tensorboard and wandb",
     "trackio_bucket_id": "report_to knows tensorboard and wandb",
     "trackio_static_space_id": "report_to knows tensorboard and wandb",
@@ -144,6 +146,13 @@ class _OwnTrainingSettings(Section):
     """What the trainer adds to TrainingArguments."""
 
     max_consecutive_skips: int = Field(default=10, ge=0)
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in final/; checkpoints hold float32."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The settings that are not TrainingArguments."""
+        return {name: getattr(self, name) for name in _OwnTrainingSettings.model_fields}
 
     @property
     def written(self) -> dict[str, Any]:

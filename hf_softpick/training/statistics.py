@@ -61,7 +61,7 @@ class StatisticsLog(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
         try:
-            with trainer.accelerator.autocast():
+            with trainer.autocast():
                 statistics = measure(model, self.rows)
         except ValueError as error:
             raise RecipeError(f"eval.statistics: {error} Set eval.statistics=0.") from error

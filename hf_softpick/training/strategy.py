@@ -1,10 +1,12 @@
 """How the work is spread over processes: what was asked for, what is in force, and an error where they differ."""
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_softpick.errors import RecipeError
 
@@ -34,13 +36,55 @@ def check_launch(asked: Mapping[str, str], environment: Mapping[str, str]) -> No
 
 
 def check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
-    """Refuse a precision from the launcher that the recipe would silently overwrite."""
+    """Refuse a precision from the launcher that the recipe, the record of what ran, does not say."""
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = next((name for name in ("bf16", "fp16") if arguments.get(name)), None)
-    if launched != "no" and wanted not in (None, launched):
+    if launched in ("no", wanted):
+        return
+    given = f"training.{wanted}=true" if wanted else "no mixed precision"
+    remedy = f", or add training.{launched}=true to the recipe or the command" if launched in ("bf16", "fp16") else ""
+    raise RecipeError(
+        f"The launcher asks for mixed precision '{launched}' and the recipe for {given}. The recipe says what runs: "
+        f"launch with --mixed_precision {wanted or 'no'}{remedy}."
+    )
+
+
+def use_float32_weights(args: TrainingArguments) -> None:
+    """Let DeepSpeed compute in bf16 as every other strategy does: float32 weights, autocast in the forward pass.
+
+    Its own bf16 mode trains bfloat16 copies of the weights, saves those, and draws new weights in bfloat16. To be
+    called before the model is made.
+
+    Raises:
+        RecipeError: DeepSpeed's configuration and the recipe disagree.
+    """
+    plugin = args.deepspeed_plugin
+    config = plugin.deepspeed_config
+    _check_configuration(config, args)
+    if args.bf16:
+        # No "enabled": transformers compares it with training.bf16, which stays true.
+        config["bf16"] = {}
+        config["torch_autocast"] = {**config.get("torch_autocast", {}), "enabled": True, "dtype": "bfloat16"}
+    plugin.set_deepspeed_weakref()  # What transformers gives to zero.Init.
+
+
+def _check_configuration(config: Mapping[str, Any], args: TrainingArguments) -> None:
+    """Refuse what transformers would refuse after the data is prepared, and what it would not see."""
+    compared = HfTrainerDeepSpeedConfig(copy.deepcopy(dict(config)))
+    compared.trainer_config_process(args)
+    wrong = [line.removeprefix("- ds ").replace(" vs hf ", " where the recipe has ") for line in compared.mismatches]
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled") and not (args.bf16 and autocast.get("dtype") == "bfloat16"):
+        wrong.append("torch_autocast, which training.bf16 turns on")
+    extra = sorted(config.get("bf16", {}).keys() - {"enabled"})
+    if extra and args.bf16:
+        wrong.append(f"bf16.{extra[0]}, which has no meaning here: weights are float32")
+    if args.fp16:
+        wrong.append("fp16, which would train float16 copies of the weights; write training.bf16=true instead")
+    if wrong:
         raise RecipeError(
-            f"The launcher asks for mixed precision '{launched}' and the recipe for training.{wanted}=true, which "
-            f"would win without a word. Leave training.{wanted} out, or launch with --mixed_precision {wanted}."
+            f'The DeepSpeed configuration does not fit the recipe: {"; ".join(wrong)}. Set what differs to "auto" '
+            "there, as in recipes/deepspeed/zero3.json, or change the recipe."
         )
 
 
@@ -76,6 +120,8 @@ def check(asked: Mapping[str, str], args: TrainingArguments) -> str:
         )
     if "deepspeed" in asked and not active.startswith("zero"):
         raise RecipeError(f"DeepSpeed was asked for by {asked['deepspeed']}, but {active} is in force.")
+    if args.fp16 and args.device.type == "cpu":
+        raise RecipeError("training.fp16 needs a GPU; on a CPU it would train in float32. Use training.bf16=true.")
     if args.n_gpu > 1:
         raise RecipeError(
             f"One process sees {args.n_gpu} GPUs. Start one process for each: accelerate launch --num_processes "

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ class SoftpickTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         return loss
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of training's forward pass, for whoever calls the unwrapped model."""
+        if self.is_deepspeed_enabled:  # accelerate leaves it to the engine
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:
         """Called once before each optimizer step, with the gradients reduced: apply or refuse, the same on all ranks.

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,34 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from launchers import accelerate, deepspeed, free_port, run_command
 from training_runs import REPOSITORY, environment, losses, records, write_recipe
 
 from hf_softpick.train import main
 from hf_softpick.training import checkpointing
 
-BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent
 # Half the rows in each of two processes: the same global batch as one process. Two micro-batches each.
 HALF = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
 STEPS = ["eval.every=5", "training.save_total_limit=4", "eval.statistics=3"]
-
-
-def _accelerate(config, *arguments):
-    launcher = [BIN / "accelerate", "launch", "--config_file", REPOSITORY / "recipes" / "accelerate" / config]
-    return [*launcher, "--num_processes", "2", "--main_process_port", "0", *arguments]
-
-
-def _free_port() -> int:
-    """A port that nobody listens on; other test workers may be launching at the same time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _launch(*command, timeout=150):
-    """Run a launcher in the repository (recipes/accelerate/zero3.yaml names its JSON from there)."""
-    command = [str(part) for part in command]
-    return subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +62,7 @@ def _check_equal(run, alone):
 def test_ddp_equals_one_process(folder, alone):
     """accelerate launch with recipes/accelerate/ddp.yaml."""
     recipe = folder / "recipe.yaml"
-    done = _launch(*_accelerate("ddp.yaml", "-m", "hf_softpick.train", recipe, "run.name=ddp", *HALF, *STEPS))
+    done = run_command(*accelerate("ddp.yaml", "-m", "hf_softpick.train", recipe, "run.name=ddp", *HALF, *STEPS))
     assert done.returncode == 0, done.stderr
     run = folder / "runs" / "ddp"
     _check_equal(run, alone)
@@ -123,7 +104,7 @@ def test_statistics_of_one_process(alone):
 def zero3(folder):
     """The same under ZeRO-3, launched by accelerate."""
     recipe = folder / "recipe.yaml"
-    done = _launch(*_accelerate("zero3.yaml", "-m", "hf_softpick.train", recipe, "run.name=zero3", *HALF, *STEPS))
+    done = run_command(*accelerate("zero3.yaml", "-m", "hf_softpick.train", recipe, "run.name=zero3", *HALF, *STEPS))
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "zero3"
 
@@ -144,17 +125,8 @@ def test_deepspeed_launcher_resumes_zero3(folder, zero3, alone):
     for step in (4, 5):
         shutil.rmtree(run / "checkpoints" / f"checkpoint-{step}")
     config = REPOSITORY / "recipes" / "deepspeed" / "zero3.json"
-    launcher = [
-        BIN / "deepspeed",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(_free_port()),
-        "--module",
-        "hf_softpick.train",
-    ]
     arguments = [folder / "recipe.yaml", "run.name=deepspeed", f"training.deepspeed={config}", *HALF, *STEPS]
-    done = _launch(*launcher, *arguments)
+    done = run_command(*deepspeed(*arguments))
     assert done.returncode == 0, done.stderr
     assert "from step 2" in done.stdout
     _check_equal(run, alone)
@@ -165,7 +137,7 @@ def test_nan_on_one_rank_is_refused_by_all(folder, alone, tmp_path, config):
     """Rank 1 has a NaN loss in step 2 and a NaN gradient in step 3: neither update goes in, anywhere."""
     name = f"poisoned_{config[:-5]}"
     arguments = [folder / "recipe.yaml", f"run.name={name}", *HALF, *STEPS]
-    done = _launch(*_accelerate(config, HERE / "poisoned_run.py", tmp_path, *arguments))
+    done = run_command(*accelerate(config, HERE / "poisoned_run.py", tmp_path, *arguments))
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         after = json.loads((tmp_path / f"rank-{rank}.json").read_text())
@@ -194,7 +166,7 @@ def test_signal_to_one_rank_stops_all_and_one_process_goes_on(folder, tmp_path):
         "--nproc_per_node",
         "2",
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
     ]
     command = [*launcher, "-m", "hf_softpick.train", str(recipe), "run.name=signalled", *HALF, *long]
     with (tmp_path / "log").open("w") as log:

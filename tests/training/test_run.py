@@ -244,13 +244,6 @@ def test_gpu_kernels_without_a_gpu_are_an_error_before_the_data(folder, capsys, 
     assert not (folder / "runs" / "kernels" / "recipe.yaml").exists()
 
 
-def test_precision_conflict_is_an_error(folder, capsys, monkeypatch):
-    """bf16 in the recipe would silently switch the launcher's fp8 off."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert main([str(folder / "recipe.yaml"), "run.name=fp8", "training.bf16=true"]) == 2
-    assert "'fp8'" in capsys.readouterr().err
-
-
 def test_too_few_rows_is_exit_code_3(folder, capsys):
     """Fewer rows than one step takes."""
     assert main([str(folder / "recipe.yaml"), "run.name=few", "training.per_device_train_batch_size=4096"]) == 3
