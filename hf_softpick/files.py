@@ -1,6 +1,7 @@
 """What whole-or-absent files and strict JSON need, wherever they are written."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -57,6 +58,26 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Add `plain(value)` as one line, whole or not at all; the file is made, a link is never followed.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    line = (json.dumps(plain(value), ensure_ascii=False) + "\n").encode("utf-8")
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

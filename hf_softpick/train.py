@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from hf_softpick.commands import quiet_imports
-from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, UserError
+from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, StorageError, UserError
 
 _EPILOG = """\
 exit codes:
@@ -22,6 +23,11 @@ examples:
   accelerate launch -m hf_softpick.train recipes/softpick_tiny.yaml training.learning_rate=1e-3 run.name=faster
   deepspeed --module hf_softpick.train recipes/softpick_340m.yaml training.deepspeed=recipes/deepspeed/zero3.json
 """
+
+
+# What says that a disk is full, read-only or broken, whoever wrote to it.
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_AGAIN = "Make room and run the same command again; it goes on from the newest checkpoint."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from hf_softpick.training.run import run
 
-        with _sigterm_as_interrupt():
+        with _signals_as_interrupt():
             run(recipe, debug=options.debug)
         return 0
     except UserError as error:
@@ -73,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A launcher ends all processes when the first one fails, so let rank 0 have its say first.
             time.sleep(2)
         return error.exit_code
+    except OSError as error:
+        if options.debug or error.errno not in _STORAGE:
+            raise
+        _print(StorageError(f"{error.filename or 'a file'} cannot be written: {error.strerror}. {_AGAIN}"))
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print("\nhf_softpick: stopped outside the training loop; run the same command again.", file=sys.stderr)
         return Stopped.exit_code
@@ -81,16 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def _signals_as_interrupt() -> Iterator[None]:
     """Outside the training loop, which has handlers of its own, there is nothing to save: stop at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _print(error: UserError) -> None:

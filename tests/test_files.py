@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
+import resource
 
 import numpy as np
 import pytest
 import torch
 
 from hf_softpick.errors import StorageError
-from hf_softpick.files import read_json_lines, write_json
+from hf_softpick.files import append_line, clear, read_json_lines, write_json, write_text
 
 
 def test_nothing_is_rounded_away(tmp_path):
@@ -36,3 +38,33 @@ def test_lines_that_a_crash_spoilt_are_left_out(tmp_path):
     assert read_json_lines(path) == []
     path.write_bytes(b'{"a": 1}\n[2]\n\xff\xfe\n{"b": 3}\n{"c": ')
     assert read_json_lines(path) == [{"a": 1}, {"b": 3}]
+
+
+def test_links_are_not_followed(tmp_path):
+    """Neither at the place itself nor at the temporary file beside it."""
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("mine")
+    (folder / "kept").mkdir(parents=True)
+    for name in ("a.json", f"a.json.{os.getpid()}.tmp", "lines.jsonl"):
+        (tmp_path / name).symlink_to(victim)
+    write_text(tmp_path / "a.json", "ours")
+    assert (tmp_path / "a.json").read_text() == "ours" and not (tmp_path / "a.json").is_symlink()
+    with pytest.raises(StorageError, match="lines.jsonl cannot be written"):
+        append_line(tmp_path / "lines.jsonl", {})
+    (tmp_path / "link").symlink_to(folder)
+    clear(tmp_path / "link")
+    assert victim.read_text() == "mine" and (folder / "kept").is_dir() and not (tmp_path / "link").exists()
+
+
+def test_a_line_is_whole_or_absent(tmp_path):
+    """Half a line would spoil the next one too."""
+    path, before = tmp_path / "lines.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_line(path, {"a": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(StorageError, match="No space left|File too large"):
+            append_line(path, {"b": "x" * 50})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_line(path, {"c": math.inf})
+    assert read_json_lines(path) == [{"a": 1}, {"c": "inf"}]

@@ -60,7 +60,7 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Rewind to the step that training starts from."""
         if state.is_world_process_zero:
-            self.file.rewind(state.global_step)
+            self.file.rewind(state.global_step, state.log_history)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Append one record."""

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hf_softpick.errors import CheckpointError, StorageError
-from hf_softpick.files import sync, umask
+from hf_softpick.files import clear, sync, umask
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -158,7 +158,7 @@ def find_newest(root: Path, warn: Callable[[str], None] = print) -> Path | None:
 def sweep(root: Path) -> None:
     """Remove what a crashed save left behind. For one process to call, before anybody saves."""
     for path in root.glob(".staging-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        clear(path)
 
 
 def rotate(root: Path, limit: int | None) -> None:

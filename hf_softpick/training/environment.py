@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hf_softpick.files import write_text
 from hf_softpick.versions import versions
 
 
@@ -58,6 +59,4 @@ def record_launch(path: Path, launch: dict[str, Any]) -> None:
             launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
         except (ValueError, KeyError, TypeError):
             launches = []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"launches": [*launches, launch]}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps({"launches": [*launches, launch]}, indent=1) + "\n")

@@ -85,6 +85,24 @@ def _for_generation(model: Any) -> Iterator[None]:
         model.config.use_cache = False
 
 
+def require_measurements(trainer: SoftpickTrainer) -> None:
+    """Stop, on every rank, a run whose metrics or samples could not be written; its state is saved by now.
+
+    Raises:
+        StorageError: which file, and where the run goes on.
+    """
+    metrics = trainer.metrics
+    metrics.flush()
+    if any(trainer._agree(metrics.fault is not None)):
+        saved = checkpointing.steps(Path(trainer.args.output_dir))
+        raise StorageError(
+            f"{metrics.fault or 'A file of the run could not be written by rank 0.'} Training stopped at step "
+            f"{trainer.state.global_step}; "
+            + (f"the newest checkpoint is of step {saved[0]}. " if saved else "there is no checkpoint. ")
+            + "Make room and run the same command again to go on."
+        )
+
+
 def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict[str, Any]:
     """The end of a run that trained all its steps: last evaluation, samples, final/, upload.
 
@@ -94,6 +112,7 @@ def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict
     directory, step = recipe.run.directory, trainer.state.global_step
     evaluation = trainer.final_evaluation()
     samples = write_samples(trainer, recipe, data.tokenizer, step)
+    require_measurements(trainer)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     results = {
         "step": step,
@@ -152,6 +171,8 @@ def write_final(
         if not checkpointing.is_storage_fault(error):
             raise
         fault = error
+        with contextlib.suppress(OSError):
+            clear(staging)
     _agree(trainer, fault, final)
     return files
 

@@ -1,6 +1,5 @@
 """Text samples during and after training."""
 
-import json
 from collections.abc import Sequence
 
 import torch
@@ -65,8 +64,6 @@ def write_samples(
             with trainer.autocast():
                 samples = sample_texts(model, tokenizer, recipe.eval.prompts, recipe.eval.max_new_tokens, add_bos)
         if trainer.is_world_process_zero():
-            path = recipe.run.directory / "report" / "samples.jsonl"
-            with path.open("a", encoding="utf-8") as file:
-                for sample in samples:
-                    file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+            for sample in samples:
+                trainer.metrics.write({"step": step, **sample}, recipe.run.directory / "report" / "samples.jsonl")
     return samples

@@ -2,16 +2,16 @@
 
 import contextlib
 import json
-import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_softpick.files import plain, read_json_lines
+from hf_softpick.errors import StorageError
+from hf_softpick.files import append_line, plain, read_json_lines, write_text
 
 
 class Clock:
@@ -47,30 +47,53 @@ def memory_gib() -> float:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it measured."""
+    """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it measured.
+
+    What cannot be written waits in `pending`, with the reason in `fault`: the trainer then saves its state and stops.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.pending: list[tuple[Path, dict[str, Any]]] = []
+        self.fault: StorageError | None = None
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(record), ensure_ascii=False) + "\n")
+    def write(self, record: dict[str, Any], path: Path | None = None) -> None:
+        """Append one record, here or to another file of the run at `path`."""
+        self.pending.append((path or self.path, record))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, in its order."""
+        self.fault = None
+        try:
+            while self.pending:
+                append_line(*self.pending[0])
+                del self.pending[0]
+        except StorageError as error:
+            self.fault = error
 
     def read(self) -> list[dict[str, Any]]:
         """All records; a line that a crash cut off or spoilt is left out."""
         return read_json_lines(self.path)
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run measures those steps again."""
-        if not self.path.exists():
-            return
+    def rewind(self, step: int, history: Sequence[dict[str, Any]] = ()) -> None:
+        """Forget what was logged after `step`, which a resumed run measures again, and put back what is missing.
+
+        Args:
+            history: the log records of the checkpoint; a full disk may have kept them out of this file.
+        """
         kept = [record for record in self.read() if record.get("step", 0) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8"
-        )
-        os.replace(temporary, self.path)
+        known = {_kind(record) for record in kept}
+        missing = [plain(entry) for entry in history if entry.get("step", 0) <= step and _kind(entry) not in known]
+        if not self.path.exists() and not missing:
+            return
+        if missing:
+            kept = sorted([*kept, *missing], key=lambda record: record.get("step", 0))
+        write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def _kind(record: dict[str, Any]) -> tuple[int, frozenset[str]]:
+    return record.get("step", 0), frozenset(record) - {"step", "time", "epoch"}
 
 
 def duration(seconds: float) -> str:

@@ -1,8 +1,11 @@
 """The picture of a run: training and validation loss, PNG."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from hf_softpick.files import write_bytes
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -11,6 +14,9 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> No
     Args:
         records: lines of metrics.jsonl; those without a finite loss are left out.
         path: the PNG to write.
+
+    Raises:
+        StorageError: it cannot be written.
     """
     # Slow to import, and needed once at the end of a run.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,5 +33,6 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> No
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_bytes(path, content.getvalue())

@@ -4,7 +4,6 @@ recipe_text.py reads the text, recipe_model.py and recipe_arguments.py hold the 
 recipe_errors.py words what is wrong.
 """
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from io import StringIO
@@ -17,7 +16,8 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from ..data.redaction import redacted_errors
 from ..data.settings import DataSettings, Section, TokenizerSettings
-from ..errors import RecipeError, StorageError
+from ..errors import RecipeError
+from ..files import write_text
 from .recipe_arguments import TrainingSettings
 from .recipe_errors import find_secrets, word_error
 from .recipe_model import ModelSettings, Problem, check_model
@@ -136,13 +136,7 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     """
     text = StringIO()
     write_yaml(recipe.resolved(), text)
-    staging = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        staging.write_text(text.getvalue(), encoding="utf-8")
-        staging.replace(path)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise StorageError(f"{path}: the recipe cannot be written: {error.strerror}") from None
+    write_text(Path(path), text.getvalue())
 
 
 class _Representer(SafeRepresenter):

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hf_softpick.data.collating import PackedCollator
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.errors import RecipeError, Stopped, StorageError
+from hf_softpick.files import write_text
 from hf_softpick.modeling.attention_softpick import resolve_auto
 from hf_softpick.training import environment, finalize, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
@@ -137,13 +138,14 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
         finally:
             trainer.stop.restore()
     step = trainer.state.global_step
-    if main:
-        records = trainer.metrics.read()
-        plot_losses(records, recipe.run.directory / "report" / "loss.png", recipe.run.name)
-    # A launcher ends the other processes as soon as one of them leaves with an error code.
-    trainer.accelerator.wait_for_everyone()
+    finalize.require_measurements(trainer)
     if step < trainer.state.max_steps:
         saved = resume.checkpointing.steps(Path(args.output_dir))
+        if main:
+            records = trainer.metrics.read()
+            plot_losses(records, recipe.run.directory / "report" / "loss.png", recipe.run.name)
+        # A launcher ends the other processes as soon as one of them leaves with an error code.
+        trainer.accelerator.wait_for_everyone()
         raise Stopped(
             f"Stopped by a signal at step {step} of {trainer.state.max_steps}, saved as checkpoint-{saved[0]}. "
             "Run the same command again to go on."
@@ -178,17 +180,32 @@ def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
     if not main:
         return
     try:
+        refuse_links(directory)
         for folder in (directory / "checkpoints", directory / "report"):
             folder.mkdir(parents=True, exist_ok=True)
         run_id = directory / "report" / "wandb_run_id"
         if not run_id.exists():
-            run_id.write_text(os.urandom(6).hex(), encoding="utf-8")
+            write_text(run_id, os.urandom(6).hex())
         environment.record_launch(directory / "environment.json", launch)
     except OSError as error:
         raise StorageError(
             f"{directory} cannot be written: {error}. Choose another run.root, or make room."
         ) from error
     dump_recipe(recipe, directory / "recipe.yaml")
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse symbolic links among what a run writes: what they point to is not the run's to change.
+
+    RUN/final may be one, it is replaced and never written to; what reporters keep in folders of their own is theirs.
+    """
+    for folder in (directory, directory / "report", directory / "checkpoints"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_symlink() and path != directory / "final":
+                raise StorageError(
+                    f"{path} is a symbolic link, and a run writes into its own folder only. Remove it; to keep runs "
+                    "on another disk, set run.root."
+                )
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_softpick.errors import StorageError
+from hf_softpick.files import clear
 from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.training import checkpointing
 from hf_softpick.training.callbacks import StopRequest
@@ -119,7 +120,8 @@ class SoftpickTrainer(Trainer):
         norm = math.nan if norm is None else float(norm)
         loss = torch.stack(self.micro_losses).sum()
         self.micro_losses.clear()
-        refused, self.stop.agreed = self._agree(not math.isfinite(norm), self.stop.requested)
+        stopping = self.stop.requested or self.metrics.fault is not None
+        refused, self.stop.agreed = self._agree(not math.isfinite(norm), stopping)
         if not refused:
             self.guard.applied()
             self.window_loss, self.run_loss = self.window_loss + loss, self.run_loss + loss
@@ -279,11 +281,9 @@ class SoftpickTrainer(Trainer):
         """Write a checkpoint beside its place, describe it, rename it. All ranks agree that it is whole."""
         root, step = Path(self.args.output_dir), self.state.global_step
         with self.clock.paused():
-            if self.is_world_process_zero():
-                shutil.rmtree(checkpointing.staging_directory(root, step), ignore_errors=True)
-            self.accelerator.wait_for_everyone()
             self.staging = checkpointing.staging_directory(root, step)
             try:
+                self._together(lambda: clear(self.staging) if self.is_world_process_zero() else None, step)
                 self._together(lambda: super(SoftpickTrainer, self)._save_checkpoint(model, trial), step)
                 self._together(lambda: self._publish(root, step), step)
             finally:

@@ -1,7 +1,10 @@
 """The end of a run: final/ is whole, is made again when it is not, and its upload is not forgotten."""
 
+import importlib
 import json
+import resource
 import shutil
+import signal
 
 import fake_hub
 import pytest
@@ -170,3 +173,112 @@ def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_data(finished, tmp
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     assert main([str(write_recipe(tmp_path, tokenizer={"train_bpe": None, "from": str(tokenizer)}))]) == 3
     assert "cannot be saved: 'utf-8' codec" in capsys.readouterr().err
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """full(target, limit): no file grows beyond `limit` bytes from the call of `target` on; full.over() ends it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def arrange(target, limit):
+        module, name = target.rsplit(".", 1)
+        original = getattr(importlib.import_module(f"hf_softpick.training.{module}"), name)
+
+        def call(*arguments, **named):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(f"hf_softpick.training.{target}", call)
+
+    arrange.over = lambda: (monkeypatch.undo(), resource.setrlimit(resource.RLIMIT_FSIZE, before))
+    yield arrange
+    arrange.over()
+
+
+@pytest.mark.parametrize(
+    ("target", "limit", "named"),
+    [
+        ("finalize.write_samples", 1, "samples.jsonl"),
+        ("finalize.write_final", 20_000, "final could not be written"),  # safetensors
+        ("finalize.write_final", 500, "final could not be written"),  # transformers
+        ("finalize.plot_losses", 5_000, "loss.png"),
+        ("resume.write_finished", 500, "finished.json"),
+        ("run.dump_recipe", 500, "recipe.yaml"),
+        ("finalize.check_saving", 20_000, "cannot hold a checkpoint"),
+    ],
+)
+def test_a_full_disk_at_the_end_costs_nothing(again, finished, full, target, limit, named, capsys):
+    """One message, exit code 6, and the same command finishes as if nothing had been."""
+    run, call = again
+    whole = (run / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")
+    (run / "finished.json").unlink()
+    full(target, limit)
+    assert call() == 6
+    assert named in capsys.readouterr().err
+    full.over()
+    assert not list(run.glob(".*staging"))
+    assert call() == 0
+    assert (run / "final" / "model.safetensors").read_bytes() == whole
+    assert losses(run) == losses(finished / "runs" / "tiny")
+
+
+def test_a_full_disk_while_training_saves_and_stops(again, finished, full, capsys):
+    """metrics.jsonl has no room from the first step on; a checkpoint has. No step and no record is lost."""
+    run, call = again
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    limit = 600_000  # a checkpoint's largest file is the optimizer's, 2 * 4 bytes a parameter
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "pad": "x" * (limit - 100)}) + "\n")
+    full("run.prepare_data", limit)
+    assert call("training.save_steps=100") == 6
+    message = capsys.readouterr().err
+    assert "metrics.jsonl cannot be written" in message and "newest checkpoint is of step 2" in message
+    full.over()
+    assert call("training.save_steps=100") == 0
+    assert losses(run) == losses(finished / "runs" / "tiny")
+    assert (run / "final" / "model.safetensors").read_bytes() == (
+        finished / "runs" / "tiny" / "final" / "model.safetensors"
+    ).read_bytes()
+
+
+LINKS = (
+    ".final-staging .trial-staging .lock metrics.jsonl environment.json recipe.yaml report report/loss.png "
+    "report/samples.jsonl checkpoints checkpoints/.staging-2"
+).split()
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_in_the_run_folder_is_not_followed(finished, tmp_path, name, capsys):
+    """Who can write into a shared run folder must not make others write elsewhere."""
+    victim, link = tmp_path / "victim", tmp_path / "tiny" / name
+    link.parent.mkdir(parents=True)
+    victim.mkdir() if "staging" in name or "." not in name else victim.write_text("mine")
+    link.symlink_to(victim)
+    assert main([str(finished / "recipe.yaml"), f"run.root={tmp_path}"]) == 6
+    assert str(link) in capsys.readouterr().err
+    assert (victim.read_text() == "mine") if victim.is_file() else not list(victim.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        ("run.prepare_data", signal.SIGUSR1),
+        ("finalize.plot_losses", signal.SIGUSR1),
+        ("finalize.plot_losses", signal.SIGTERM),
+    ],
+)
+def test_a_signal_outside_the_training_loop(again, target, number, monkeypatch, capsys):
+    """Preparing and finishing stop at once; the same command goes on."""
+    run, call = again
+    (run / "finished.json").unlink()
+    monkeypatch.setattr(f"hf_softpick.training.{target}", lambda *_, **__: signal.raise_signal(number))
+    # Without a handler of the command, the signal would end the tests.
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        assert call() == 75
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "run the same command again" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert call() == 0
