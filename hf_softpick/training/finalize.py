@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
             clear(scratch)
             with _for_generation(trainer.model):
                 trainer._save(str(scratch), None if _is_small(trainer.model) else {"trial": torch.zeros(1)})
-            _write_card(scratch, trainer.model, recipe, {"parameters": 0}, data_report)
+            _write_card(scratch, trainer.model, recipe, {"parameters": 0}, data_report, ())
         except Exception as error:  # whatever the writers of others raise: here it costs nothing yet
             fault = error
         with contextlib.suppress(OSError):
@@ -124,7 +124,7 @@ def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict
     final = write_final(trainer, recipe, dict(results), data.report)
     if trainer.is_world_process_zero():
         plot_losses(trainer.metrics.read(), directory / "report" / "loss.png", recipe.run.name)
-        resume.write_finished(recipe, step, results, final)
+        resume.write_finished(recipe, step, results, final, trainer.manifest_facts["changes"])
         _print_end(directory, results, samples, len(data.tokenizer))
     # Uploading may take long, and may fail: nobody else has to wait for it.
     trainer.accelerator.wait_for_everyone()
@@ -164,7 +164,7 @@ def write_final(
         if main:
             if recipe.training.export_dtype != "float32":
                 _cast(staging, getattr(torch, recipe.training.export_dtype), model._keep_in_fp32_modules_strict or ())
-            _write_card(staging, model, recipe, results, data_report)
+            _write_card(staging, model, recipe, results, data_report, trainer.manifest_facts.get("changes", ()))
             files = checkpointing.record_files(staging)
             _replace(staging, final)
     except Exception as error:
@@ -208,12 +208,18 @@ def _cast(folder: Path, dtype: torch.dtype, keep: Collection[str]) -> None:
 
 
 def _write_card(
-    staging: Path, model: Any, recipe: Recipe, results: dict[str, Any], data_report: dict[str, Any]
+    staging: Path,
+    model: Any,
+    recipe: Recipe,
+    results: dict[str, Any],
+    data_report: dict[str, Any],
+    changes: Sequence[dict[str, Any]],
 ) -> None:
     foreign = is_foreign(model.config)
     text = (recipe.run.directory / "recipe.yaml").read_text(encoding="utf-8")
     parameters = results.pop("parameters")
-    write_text(staging / "README.md", model_card(recipe, text, results, data_report, versions(), parameters, foreign))
+    card = model_card(recipe, text, results, data_report, versions(), parameters, foreign, changes)
+    write_text(staging / "README.md", card)
 
 
 def _replace(staging: Path, final: Path) -> None:

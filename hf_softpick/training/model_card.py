@@ -1,6 +1,7 @@
 """README.md of a finished model: what it is, how to load it, what it was trained on, what must not be done with it."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hf_softpick.training.recipe import Recipe
@@ -22,12 +23,14 @@ def model_card(
     versions: dict[str, str],
     parameters: int,
     foreign: bool,
+    changes: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Text of the model card.
 
     Args:
         recipe_text: the resolved recipe as YAML.
         results: step, tokens_seen, last_loss, eval_loss, ... of the end of the run.
+        changes: settings that the recipe did not have from the first step on, as `resume.listed` makes them.
         foreign: the architecture is one of transformers' own, run with our attention.
     """
     normalizer = recipe.model.normalizer
@@ -64,8 +67,21 @@ def model_card(
             "",
             f"```yaml\n{recipe_text.strip()}\n```",
             "",
+            *_changed(changes),
         ]
     )
+
+
+def _changed(changes: Sequence[dict[str, Any]]) -> list[str]:
+    changes = [change for change in changes if not change["setting"].startswith("run.")]
+    if not changes:
+        return []
+    rows = [
+        "| " + " | ".join(_cell(change[name]) for name in ("step", "setting", "before", "after")) + " |"
+        for change in changes
+    ]
+    text = "The recipe is that of the last launch. These settings were changed when the run went on from a checkpoint:"
+    return [text, "", "| after step | setting | before | after |", "| --- | --- | --- | --- |", *rows, ""]
 
 
 def _loading(needs_package: bool, normalizer: str) -> str:

@@ -20,6 +20,7 @@ from ..errors import RecipeError
 from ..files import write_text
 from .recipe_arguments import TrainingSettings
 from .recipe_errors import find_secrets, word_error
+from .recipe_evolution import migrate
 from .recipe_model import ModelSettings, Problem, check_model
 from .recipe_scheduler import check_scheduler
 from .recipe_text import apply_override, dotted, read_document, shorten
@@ -114,8 +115,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: one line for each thing that is wrong, with its place, what was given and what is allowed.
     """
     document = read_document(path)
+    migrate(document)
     for override in overrides:
         apply_override(document, override)
+    migrate(document)
     problems = document.problems | find_secrets(document)
     try:
         recipe = Recipe.model_validate(document.data, by_alias=True, by_name=False)
@@ -128,15 +131,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def dump_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write `recipe.resolved()` as YAML.
+def dump_recipe(recipe: Recipe, path: str | Path, notes: Sequence[str] = ()) -> None:
+    """Write `recipe.resolved()` as YAML, and `notes` above it as comments of one line each.
 
     Raises:
         StorageError: the file cannot be written.
     """
     text = StringIO()
     write_yaml(recipe.resolved(), text)
-    write_text(Path(path), text.getvalue())
+    write_text(Path(path), "".join(f"# {note}\n" for note in notes) + text.getvalue())
 
 
 class _Representer(SafeRepresenter):

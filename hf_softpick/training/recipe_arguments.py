@@ -142,6 +142,11 @@ REMOVED: dict[str, str] = {
 _INSTALLED_NAMES: dict[str, str] = {}
 
 
+def installed_name(name: str) -> str:
+    """The name that the installed transformers has for an argument of a recipe."""
+    return _INSTALLED_NAMES.get(name, name)
+
+
 class _OwnTrainingSettings(Section):
     """What the trainer adds to TrainingArguments."""
 
@@ -164,7 +169,7 @@ class _OwnTrainingSettings(Section):
     @property
     def arguments(self) -> dict[str, Any]:
         """Keywords for the installed transformers.TrainingArguments: what the recipe set, and DEFAULTS."""
-        return {_INSTALLED_NAMES.get(name, name): value for name, value in self.written.items()}
+        return {installed_name(name): value for name, value in self.written.items()}
 
 
 @cache

@@ -2,66 +2,72 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainingArguments
 
+from hf_softpick.data.preparing import PreparedData
 from hf_softpick.errors import CheckpointError, RecipeError
-from hf_softpick.files import write_text
-from hf_softpick.training import checkpointing
+from hf_softpick.files import write_json
+from hf_softpick.training import checkpointing, strategy
 from hf_softpick.training.recipe import Recipe
+from hf_softpick.training.recipe_record import Settings, differences, read_settings, settings
+from hf_softpick.training.resume_rules import OPTIMIZER, SCHEDULE, refused
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
-LENGTH = ("max_steps", "num_train_epochs")
+LENGTH = ("training.max_steps", "training.num_train_epochs")
+UPLOAD = ("training.push_to_hub", "training.hub_")
 
-
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that a run cannot change on its way: what the model is and what it reads."""
-    sections = json.loads(json.dumps(recipe.resolved()))
-    data = {name: value for name, value in sections["data"].items() if name not in ("cache_dir", "num_proc")}
-    # How attention is computed may change, for instance with the machine; what it computes may not.
-    model = {name: value for name, value in sections["model"].items() if name != "attn_implementation"}
-    # Another seed would draw other batches for the rest, another optimizer has another state.
-    order = {name: recipe.training.arguments.get(name) for name in ("seed", "data_seed", "optim")}
-    return {"model": model, "tokenizer": sections["tokenizer"], "data": data, "training": order}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ, as `model.hidden_size: 64 -> 32`."""
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append(f"{prefix}{name}: {before} -> {after}")
-    return found
+Changes = dict[str, tuple[Any, Any]]
 
 
 def finished_step(recipe: Recipe) -> int | None:
     """Step at which this run ended, None when there is something left to do.
 
     Raises:
-        RecipeError: the folder holds the finished run of another model, or one that cannot be extended.
+        RecipeError: the folder holds the finished run of another model, a longer one, or one that cannot be extended.
     """
-    record = read_finished(recipe)
+    run, record = recipe.run.directory, read_finished(recipe)
     try:
-        step, before, ended = record["step"], record["identity"], record["length"]
-    except KeyError:
+        step, old = int(record["step"]), read_settings(record, run)
+    except (ValueError, KeyError, TypeError):
         return None
-    _require_same(recipe.run.directory, before, identity(recipe))
-    length = {name: recipe.training.arguments.get(name) for name in LENGTH}
-    if length == ended:
+    new = settings(recipe)
+    changes = differences(old, new)
+    _refuse(run, changes, old, new)
+    if not changes.keys() & set(LENGTH):
+        idle = {name: pair for name, pair in changes.items() if not name.startswith(("run.", *UPLOAD))}
+        if idle and strategy.is_main():
+            print(f"{run} is finished; without effect on it: {describe(idle)}.")
         return step
-    if not checkpointing.steps(recipe.run.directory / "checkpoints"):
+    check_length(run, step, new["training.max_steps"])
+    if not checkpointing.steps(run / "checkpoints"):
         raise RecipeError(
-            f"{recipe.run.directory} is finished at step {step} and has no checkpoint to go on from. Choose "
-            "another run.name."
+            f"{run} is finished at step {step} and has no checkpoint to go on from. Choose another run.name."
         )
     return None
+
+
+def check_length(run: Path, step: int, total: int) -> None:
+    """Raise RecipeError when the run is past the end that the recipe gives it (-1: not known yet)."""
+    if 0 < total < step:
+        raise RecipeError(
+            f"{run} is at step {step} already, and the recipe (training.max_steps, num_train_epochs) ends it at step "
+            f"{total}. Train at least {step} steps, or choose another run.name."
+        )
+
+
+def total_steps(args: TrainingArguments, rows: int, global_batch: int) -> int:
+    """Optimizer steps of the whole run, as transformers counts them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (rows // global_batch))
 
 
 def read_finished(recipe: Recipe) -> dict[str, Any]:
@@ -75,18 +81,24 @@ def read_finished(recipe: Recipe) -> dict[str, Any]:
 
 def save_finished(recipe: Recipe, record: dict[str, Any]) -> None:
     """Write the record of the end of a run."""
-    write_text(recipe.run.directory / FINISHED, json.dumps(record, indent=1) + "\n")
+    write_json(recipe.run.directory / FINISHED, record)
 
 
-def write_finished(recipe: Recipe, step: int, results: dict[str, Any], final: dict[str, dict[str, Any]]) -> None:
+def write_finished(
+    recipe: Recipe,
+    step: int,
+    results: dict[str, Any],
+    final: dict[str, dict[str, Any]],
+    changes: list[dict[str, Any]],
+) -> None:
     """The last file of a run: from now on the same command has nothing to do, but for an upload.
 
     Args:
         final: size and SHA-256 of every file of RUN/final.
+        changes: settings that the run did not have from its first step on, see `listed`.
     """
-    length = {name: recipe.training.arguments.get(name) for name in LENGTH}
-    record = {"step": step, "length": length, "results": results, "final": final, "identity": identity(recipe)}
-    save_finished(recipe, record)
+    record = {"step": step, "results": results, "final": final, "changes": changes}
+    save_finished(recipe, record | {"recipe": settings(recipe).record()})
 
 
 def find_checkpoint(root: Path, main: bool, world_size: int) -> Path | None:
@@ -109,39 +121,123 @@ def find_checkpoint(root: Path, main: bool, world_size: int) -> Path | None:
     return found[0]
 
 
-def check_resume(checkpoint: Path, facts: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The checkpoint's manifest, if a run described by `facts` can go on from it exactly.
+def check_resume(
+    checkpoint: Path, facts: dict[str, Any], recipe: Recipe, data: PreparedData, total: int
+) -> tuple[dict[str, Any], Changes]:
+    """The checkpoint's manifest and what the recipe changes, if a run described by `facts` can go on from there.
+
+    Args:
+        total: steps of the whole run.
 
     Raises:
-        RecipeError: other model or data, another global batch, or a sharding that cannot be changed.
+        RecipeError: other model or data, another global batch, a sharding that cannot be changed, or a shorter run.
+        CheckpointError: the manifest of an older version that lacks what every one has.
     """
-    manifest = checkpointing.read_manifest(checkpoint)
-    _require_same(run, manifest.get("identity", {}), facts["identity"])
-    if manifest["data"] != facts["data"]:
-        raise RecipeError(
-            f"{run} was trained on {manifest['data']}, but the prepared data is now {facts['data']}: the sources have "
-            "changed. Restore them, or choose another run.name."
+    run, manifest = recipe.run.directory, checkpointing.read_manifest(checkpoint)
+    try:
+        old, rows = read_settings(manifest, run), manifest["data"]
+        batch, step, before, processes = (
+            manifest[name] for name in ("global_batch", "step", "strategy", "world_size")
         )
-    if manifest["global_batch"] != facts["global_batch"]:
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / checkpointing.MANIFEST} lacks {error}. Restore or remove it.") from error
+    new = settings(recipe)
+    changes = differences(old, new)
+    _refuse(run, changes, old, new, facts["strategy"])
+    if not data.matches(rows):
+        raise RecipeError(
+            f"{run} was trained on {rows}, but the prepared data is now {facts['data']}: the sources have changed. "
+            "Restore them, or choose another run.name."
+        )
+    if batch != facts["global_batch"]:
         raise RecipeError(_batch_message(checkpoint, manifest, facts))
-    before, now = (
-        ("replicated" if s in ("one process", "ddp") else s) for s in (manifest["strategy"], facts["strategy"])
+    kinds = ["replicated" if s in ("one process", "ddp") else s for s in (before, facts["strategy"])]
+    if kinds[0] != kinds[1] or (kinds[1] != "replicated" and processes != facts["world_size"]):
+        raise RecipeError(
+            f"{checkpoint} was written by {processes} processes under {before} and cannot be loaded by "
+            f"{facts['world_size']} under {facts['strategy']}. Launch it as it was launched before."
+        )
+    check_length(run, step, total)
+    return manifest, changes
+
+
+def listed(changes: Changes, step: int) -> list[dict[str, Any]]:
+    """`changes` as manifests, finished.json and the model card hold them."""
+    return [{"step": step, "setting": name, "before": old, "after": new} for name, (old, new) in changes.items()]
+
+
+def describe(changes: Changes) -> str:
+    """`changes` for a person: `training.weight_decay: 0.1 -> 0; ...`."""
+    return "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changes.items())
+
+
+def _refuse(run: Path, changes: Changes, old: Settings, new: Settings, sharding: str | None = None) -> None:
+    reasons = refused(changes, old, new, sharding)
+    if not reasons:
+        return
+    named = {name: changes[name] for name in list(reasons)[:5]}
+    why = ", ".join(dict.fromkeys(reasons[name] for name in named))
+    raise RecipeError(
+        f"{run} holds a run with other settings ({describe(named)}{' ...' if len(reasons) > 5 else ''}): {why}. "
+        "Choose another run.name, or put the settings back to go on with it."
     )
-    if before != now or (now != "replicated" and manifest["world_size"] != facts["world_size"]):
-        raise RecipeError(
-            f"{checkpoint} was written by {manifest['world_size']} processes under {manifest['strategy']} and cannot "
-            f"be loaded by {facts['world_size']} under {facts['strategy']}. Launch it as it was launched before."
-        )
-    return manifest
 
 
-def _require_same(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = differences(before, now)
-    if changed:
-        raise RecipeError(
-            f"{run} holds a run with other settings ({'; '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}). "
-            "Choose another run.name, or put the settings back to go on with it."
-        )
+class ApplySettings(TrainerCallback):
+    """Makes what the recipe says now hold over what the checkpoint brought back.
+
+    transformers restores the optimizer's settings and the steps between logs, saves and evaluations with it.
+
+    Args:
+        trainer: its `group_options` are what the optimizer was made with, before the checkpoint was loaded.
+        changes: what differs from the checkpoint; a change that cannot be made is refused.
+    """
+
+    def __init__(self, trainer: Any, changes: Changes) -> None:
+        self.trainer, self.changes = trainer, changes
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        """Checkpoint and scheduler are loaded, the first step is not made yet."""
+        state.compute_steps(args, state.max_steps)
+        options = self.trainer.group_options
+        if options is None or not isinstance(lr_scheduler, LambdaLR):
+            fixed = SCHEDULE | (OPTIMIZER if options is None else set())
+            if named := {name: values for name, values in self.changes.items() if name in fixed}:
+                raise RecipeError(
+                    f"{describe(named)}: the optimizer or schedule of this run is not the recipe's but that of "
+                    "the DeepSpeed configuration, whose checkpoint brings it back. Put the settings back."
+                )
+        before = float(optimizer.param_groups[0]["lr"])
+        if options is not None:
+            apply_options(optimizer, lr_scheduler, options)
+        after = float(optimizer.param_groups[0]["lr"])
+        if after != before and state.is_world_process_zero:
+            print(f"Learning rate of the next step: {after:.3g}; the checkpoint left it at {before:.3g}.", flush=True)
+        if hasattr(getattr(optimizer, "optimizer", None), "clip_grad"):
+            optimizer.optimizer.clip_grad = args.max_grad_norm  # ZeRO restores that of the checkpoint.
+
+
+def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of each parameter group, what a recipe says of it; a loaded checkpoint overwrites it."""
+    names = ("lr", "weight_decay", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def apply_options(optimizer: Optimizer, scheduler: Any, options: list[dict[str, Any]]) -> None:
+    """Give the groups `options` again, and the learning rate that the schedule has at its present step."""
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update({name: value for name, value in option.items() if name != "lr"})
+    if not isinstance(scheduler, LambdaLR):
+        return
+    scheduler.base_lrs = [float(option["lr"]) for option in options]
+    for index, (group, base) in enumerate(zip(optimizer.param_groups, scheduler.base_lrs, strict=True)):
+        rate = base * scheduler.lr_lambdas[index](scheduler.last_epoch)
+        group["initial_lr"] = base
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _batch_message(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """One run from recipe to finished model: the order of its parts, and nothing that one of them could do itself."""
 
 import contextlib
+import json
 import os
 import sys
 import warnings
@@ -28,6 +29,7 @@ from hf_softpick.training.generation import write_samples
 from hf_softpick.training.metrics import MetricsFile
 from hf_softpick.training.plots import plot_losses
 from hf_softpick.training.recipe import Recipe, dump_recipe
+from hf_softpick.training.recipe_record import settings
 from hf_softpick.training.statistics import StatisticsLog
 from hf_softpick.training.trainer import SoftpickTrainer
 from hf_softpick.versions import versions
@@ -109,27 +111,35 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
     data = prepare_data(recipe.data, recipe.tokenizer, progress=main and not args.disable_tqdm)
     data.require_rows(global_batch(args))
     facts = {
-        "identity": resume.identity(recipe),
-        "data": data.directory.name,
+        "recipe": settings(recipe).record(),
+        "changes": [],
+        "data": data.content,
         "strategy": active,
         "world_size": args.world_size,
         "global_batch": global_batch(args),
         "per_device_batch": args.per_device_train_batch_size,
         "versions": versions(),
     }
-    _prepare_folder(recipe, environment.describe(active, args.world_size), main)
     checkpoint = resume.find_checkpoint(Path(args.output_dir), main, args.world_size)
-    manifest = resume.check_resume(checkpoint, facts, recipe.run.directory) if checkpoint is not None else {}
+    manifest: dict[str, Any] = {}
+    changes: resume.Changes = {}
+    if checkpoint is not None:
+        total = resume.total_steps(args, len(data.train), global_batch(args))
+        manifest, changes = resume.check_resume(checkpoint, facts, recipe, data, total)
+        facts["changes"] = manifest.get("changes", []) + resume.listed(changes, manifest["step"])
     if finished is not None:
         finalize.require_checkpoint(recipe, finished, manifest.get("step"))
-    if checkpoint is not None:
-        if main:
-            print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
+    if checkpoint is not None and main:
+        print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
+        if changes:
+            print(f"Changed from here on: {resume.describe(changes)}.", flush=True)
+    _prepare_folder(recipe, environment.describe(active, args.world_size), facts["changes"], main)
     with _reporters(recipe.run.directory):
         trainer = _make_trainer(recipe, args, data, facts)
         finalize.check_saving(trainer, recipe, data.report)
         if checkpoint is not None:
             trainer.guard.consecutive = manifest.get("consecutive_skips", 0)
+            trainer.add_callback(resume.ApplySettings(trainer, changes))
         if main:
             print(_what_runs(recipe, trainer, active), flush=True)
         trainer.stop.install()
@@ -174,7 +184,7 @@ def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
     return f"{recipe.run.name}: " + ", ".join(parts)
 
 
-def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
+def _prepare_folder(recipe: Recipe, launch: dict[str, Any], changes: list[dict[str, Any]], main: bool) -> None:
     """The run folder with recipe.yaml, environment.json and what must be the same after a resume."""
     directory = recipe.run.directory
     if not main:
@@ -191,7 +201,7 @@ def _prepare_folder(recipe: Recipe, launch: dict[str, Any], main: bool) -> None:
         raise StorageError(
             f"{directory} cannot be written: {error}. Choose another run.root, or make room."
         ) from error
-    dump_recipe(recipe, directory / "recipe.yaml")
+    dump_recipe(recipe, directory / "recipe.yaml", [f"changed at {json.dumps(change)}" for change in changes])
 
 
 def refuse_links(directory: Path) -> None:

@@ -27,6 +27,7 @@ from hf_softpick.training.evaluation import token_weighted_loss
 from hf_softpick.training.flops import device_peak, flops_per_token
 from hf_softpick.training.metrics import Clock, MetricsFile, memory_gib
 from hf_softpick.training.numerics import SkipGuard, poison
+from hf_softpick.training.resume import group_options
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class SoftpickTrainer(Trainer):
         self.no_targets = False
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.staging: Path | None = None
+        self.group_options: list[dict[str, Any]] | None = None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)  # callbacks.Progress prints one readable line instead.
         self.add_callback(self.stop)
@@ -76,6 +78,13 @@ class SoftpickTrainer(Trainer):
         named = model.named_parameters(remove_duplicate=False)  # tied weights go by both names
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}
         return [name for name in super().get_decay_parameter_names(model) if len(shapes[name]) >= 2]
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """As the base class; remembers what the recipe says of its groups, which a checkpoint overwrites."""
+        optimizer = super().create_optimizer(*args)
+        if self.group_options is None and isinstance(optimizer, torch.optim.Optimizer):
+            self.group_options = group_options(optimizer)
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """One update's micro-batches and the number of their targets over all ranks; notes when there is none."""
