@@ -216,11 +216,12 @@ def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:
     described = next((run[kind]["model"] for kind in KINDS if isinstance(lookup(run[kind], "model"), dict)), {})
     config = (read_json(Path(path) / "config.json") if path else None) or {}
     recipe = {key.removeprefix("model."): v for key, v in (run["recipe"] or {}).items() if key.startswith("model.")}
+    config = (config.get("softpick_sealed") or [config])[0]  # a foreign architecture, see modeling.attention_guard
     config = {**recipe, **config}
     normalizer = config.get("normalizer")
     if normalizer is None and config:
         saved = config.get("attn_implementation")
-        # A foreign architecture: our names are saved as the attention's, everything else there is softmax.
+        # Version 0.1 saved our names as a foreign architecture's attention; everything else there is softmax.
         normalizer = saved if saved in ("softpick", "rectified_softmax", "scaled_softpick") else "softmax"
     found = {
         "normalizer": normalizer,

@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from hf_softpick.errors import CheckpointError
+from hf_softpick.modeling.attention_guard import unseal
 
 ANCESTOR = "transformer"
 _KINDS = {
@@ -111,11 +112,16 @@ class Settings(NamedTuple):
 
 
 def read_settings(raw: dict[str, Any]) -> Settings:
-    """The settings of the `config.json` of a source.
+    """The settings of the `config.json` of a source, sealed or not (`modeling.attention_guard`).
 
     Raises:
         CheckpointError: a model type, field or value that our configuration cannot express.
     """
+    raw = dict(unseal(raw))
+    trained = raw.pop("normalizer", None)
+    if trained is not None:
+        raw.pop("attn_implementation", None)
+        raw["architectures"] = [name.removeprefix("Softpick") for name in raw.get("architectures") or []]
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"model_type is {model_type!r}, expected one of {', '.join(map(repr, _ARCHITECTURES))}.")
@@ -131,7 +137,12 @@ def read_settings(raw: dict[str, Any]) -> Settings:
             f"config.json says architectures {architectures}, expected {_ARCHITECTURES[model_type]} for model_type "
             f"{model_type!r}. Only causal language models can be converted."
         )
-    return _ancestor(raw) if model_type == ANCESTOR else _llama_family(raw, model_type)
+    if model_type == ANCESTOR:
+        return _ancestor(raw)
+    settings = _llama_family(raw, model_type)
+    if trained is None:
+        return settings
+    return settings._replace(config={**settings.config, "normalizer": trained}, source_normalizer=trained)
 
 
 def override_normalizer(settings: Settings, normalizer: str | None) -> tuple[Settings, list[str]]:

@@ -5,6 +5,10 @@ from transformers import LlamaConfig
 
 from .normalizers import NORMALIZERS
 
+# Our fields, at the values with which Llama's classes compute the same.
+AS_LLAMA = {"normalizer": "softmax", "sliding_window": None}
+NOTE = "for SoftpickForCausalLM, not for Llama's classes: import hf_softpick, or load with trust_remote_code=True"
+
 
 @strict
 class SoftpickConfig(LlamaConfig):
@@ -42,12 +46,18 @@ class SoftpickConfig(LlamaConfig):
                 f"{self.num_key_value_heads}"
             )
 
+    def __post_init__(self, **kwargs):
+        """The note of `to_dict` is not for this class."""
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name != "transformers_weights"})
+
     def to_dict(self):
-        """The saved form. It names the attention, so that Llama code without this package refuses the checkpoint
-        instead of running softmax over its weights."""
+        """The saved form. Where Llama's classes would compute something else, it names the attention, and where
+        they look for the name of the weights it says why there is none: None as attn_implementation is refused too."""
         output = super().to_dict()
         if self.normalizer != "softmax":
             output["attn_implementation"] = self.normalizer
+        if any(getattr(self, name) != value for name, value in AS_LLAMA.items()):
+            output["transformers_weights"] = NOTE
         return output
 
     @classmethod

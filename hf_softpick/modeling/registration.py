@@ -1,10 +1,12 @@
 """Entries in transformers' registries. Not part of the Hub code of checkpoints."""
 
+from .attention_guard import install
 from .attention_softpick import register_attention
 
 
 def register_all() -> None:
-    """Attention and mask functions under every normalizer's name, and the Auto classes for model_type "softpick"."""
+    """Attention and mask functions under every normalizer's name, the guard of models that run them, and the Auto
+    classes for model_type "softpick"."""
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -24,6 +26,7 @@ def register_all() -> None:
     )
 
     register_attention()
+    install()
     AutoConfig.register(SoftpickConfig.model_type, SoftpickConfig, exist_ok=True)
     for auto, model in (
         (AutoModel, SoftpickModel),

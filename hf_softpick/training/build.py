@@ -1,17 +1,30 @@
 """The model of a run: new, or going on from another one. Parameters are float32 whatever a configuration file says."""
 
+import logging
+
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from hf_softpick.errors import RecipeError
+from hf_softpick.conversion.settings import read_settings
+from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.modeling.attention_guard import mark
 from hf_softpick.modeling.attention_triton import TRITON, refuse
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
 from hf_softpick.training.recipe_model import ModelSettings
+
+logger = logging.getLogger(__name__)
 
 _WRONG_SETTINGS = (ValueError, OSError, KeyError)
 # What transformers raises for weights that are cut off or do not fit.
@@ -87,7 +100,10 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
 def _continued(settings: ModelSettings) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision, trust_remote_code=False)
     implementation = settings.attn_implementation
+    if is_foreign(config) and settings.normalizer != "softmax":
+        config = _as_ours(settings) or config
     if is_foreign(config):
+        mark(config, None)  # whatever the source was trained with
         implementation = foreign_attention(settings)
     else:
         config.normalizer = settings.normalizer
@@ -115,6 +131,19 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
     if is_foreign(config):
         prove_causal(model) if settings.normalizer == "softmax" else prove_normalizer(model, settings.normalizer)
     return model
+
+
+def _as_ours(settings: ModelSettings) -> SoftpickConfig | None:
+    """Our configuration with which the weights of `model.from` compute what they do now, if they fit our blocks.
+
+    What is trained then is a model of ours, which no class and no engine takes for a Llama.
+    """
+    saved, _ = PreTrainedConfig.get_config_dict(settings.from_, revision=settings.revision)
+    try:
+        return SoftpickConfig(**read_settings(saved).config)
+    except CheckpointError as error:
+        logger.info("%s is trained in its own architecture: %s", settings.from_, error)
+        return None
 
 
 def is_foreign(config: object) -> bool:

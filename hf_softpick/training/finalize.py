@@ -16,7 +16,6 @@ from hf_softpick.errors import CheckpointError, RecipeError, StorageError
 from hf_softpick.files import clear, sync, write_text
 from hf_softpick.generation_settings import mend_generation_config
 from hf_softpick.training import checkpointing, resume
-from hf_softpick.training.build import is_foreign
 from hf_softpick.training.generation import write_samples
 from hf_softpick.training.model_card import model_card
 from hf_softpick.training.plots import plot_losses
@@ -215,10 +214,9 @@ def _write_card(
     data_report: dict[str, Any],
     changes: Sequence[dict[str, Any]],
 ) -> None:
-    foreign = is_foreign(model.config)
     text = (recipe.run.directory / "recipe.yaml").read_text(encoding="utf-8")
     parameters = results.pop("parameters")
-    card = model_card(recipe, text, results, data_report, versions(), parameters, foreign, changes)
+    card = model_card(recipe, text, results, data_report, versions(), parameters, changes)
     write_text(staging / "README.md", card)
 
 

@@ -8,8 +8,17 @@ from hf_softpick.training.recipe import Recipe
 
 _WARNING = """\
 > **The weights belong to {normalizer} attention.** Load them with `trust_remote_code=True` or with hf_softpick
-> installed. An engine that converts checkpoints, or a class of another architecture that is told to use `sdpa` or
-> flash attention, computes softmax over them: text without an error message, and wrong numbers.
+> installed. Everything else refuses this folder; what is made to read the weights all the same computes softmax over
+> them: text without an error message, and wrong numbers.
+"""
+
+_LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # or: import hf_softpick first
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+```
 """
 
 _SOFTMAX = "> The attention is ordinary softmax; any implementation computes what was trained.\n"
@@ -22,7 +31,6 @@ def model_card(
     data_report: dict[str, Any],
     versions: dict[str, str],
     parameters: int,
-    foreign: bool,
     changes: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Text of the model card.
@@ -31,7 +39,6 @@ def model_card(
         recipe_text: the resolved recipe as YAML.
         results: step, tokens_seen, last_loss, eval_loss, ... of the end of the run.
         changes: settings that the recipe did not have from the first step on, as `resume.listed` makes them.
-        foreign: the architecture is one of transformers' own, run with our attention.
     """
     normalizer = recipe.model.normalizer
     tags = ["softpick", f"{normalizer}-attention", "text-generation", "hf_softpick"]
@@ -51,7 +58,7 @@ def model_card(
             _SOFTMAX if normalizer == "softmax" else _WARNING.format(normalizer=normalizer),
             "## Load",
             "",
-            _loading(foreign and normalizer != "softmax", normalizer),
+            _LOAD,
             "## Results",
             "",
             _table(results),
@@ -82,21 +89,6 @@ def _changed(changes: Sequence[dict[str, Any]]) -> list[str]:
     ]
     text = "The recipe is that of the last launch. These settings were changed when the run went on from a checkpoint:"
     return [text, "", "| after step | setting | before | after |", "| --- | --- | --- | --- |", *rows, ""]
-
-
-def _loading(needs_package: bool, normalizer: str) -> str:
-    if needs_package:
-        return (
-            "```python\nimport hf_softpick  # registers the attention; without it loading is an error\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="{normalizer}")\n'
-            "tokenizer = AutoTokenizer.from_pretrained(path)\n```\n"
-        )
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # or: import hf_softpick first\n"
-        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n```\n"
-    )
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 Only what has to sit inside the Trainer lives here; the order of a run is in run.py.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -20,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_softpick.errors import StorageError
 from hf_softpick.files import clear
-from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.training import checkpointing
 from hf_softpick.training.callbacks import StopRequest
 from hf_softpick.training.evaluation import token_weighted_loss
@@ -271,20 +269,10 @@ class SoftpickTrainer(Trainer):
         return str(self.staging or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the base class, without the pickle of the arguments (it holds tokens in clear text), and with the name of
-        the attention that a model of another architecture runs with."""
+        """As the base class, without the pickle of the arguments (it holds tokens in clear text)."""
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        name = getattr(self.model.config, "_attn_implementation", None)
-        if name in NORMALIZERS and name != "softmax":
-            # transformers never saves which attention a model ran with. With this name in it, loading without the
-            # package is an error instead of a silent softmax.
-            path = folder / "config.json"
-            config = json.loads(path.read_text(encoding="utf-8")) | {"attn_implementation": name}
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint beside its place, describe it, rename it. All ranks agree that it is whole."""

@@ -1,5 +1,6 @@
 """Saved folders: complete, the same logits wherever they are loaded, and never softmax by accident."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from tiny_softpick import (
 )
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_softpick import SoftpickForCausalLM, SoftpickModel
+from hf_softpick import SoftpickConfig, SoftpickForCausalLM, SoftpickModel
+from hf_softpick.modeling.configuration_softpick import AS_LLAMA
 
 FOREIGN = ["sdpa", "flash_attention_2", "flex_attention"]
 PACKAGE = Path(__file__).parents[2] / "hf_softpick"
@@ -39,8 +41,9 @@ def test_a_saved_folder_is_complete(tmp_path, normalizer):
     assert model.config.use_cache is False
     files = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors"} <= files
-    # Every module of the package but the one that only registers, so that a new one is not forgotten.
-    code = {path.name for path in (PACKAGE / "modeling").glob("*.py")} - {"__init__.py", "registration.py"}
+    # Every module of the package but what other architectures need, so that a new one is not forgotten.
+    others = {"__init__.py", "attention_guard.py", "proving.py", "registration.py"}
+    code = {path.name for path in (PACKAGE / "modeling").glob("*.py")} - others
     assert {name for name in files if name.endswith(".py")} == code
     config = saved_config(tmp_path)
     assert config["normalizer"] == normalizer
@@ -167,6 +170,27 @@ def test_a_llama_checkpoint_goes_on_as_softpick(tmp_path):
     close(model(ids).logits[0], oracle(double_parameters(model), model.config, ids[0])[0])
 
 
+VANILLA = {"normalizer": "softmax"}
+
+
+def test_llama_takes_only_what_it_computes_alike(tmp_path):
+    """Whatever attn_implementation says; another field of ours must be weighed before it is added."""
+    ours = {field.name for field in dataclasses.fields(SoftpickConfig)}
+    assert set(AS_LLAMA) == ours - {field.name for field in dataclasses.fields(LlamaConfig)}
+    ids = tokens(2, 20)
+    for fields in (VANILLA, {}, {"normalizer": "scaled_softmax"}, {**VANILLA, "sliding_window": 5}):
+        model = tiny_model(**fields)
+        model.save_pretrained(tmp_path)
+        for choice in ({}, {"attn_implementation": None}, {"attn_implementation": "eager"}):
+            if fields == VANILLA:
+                close(LlamaForCausalLM.from_pretrained(tmp_path, **choice)(ids).logits, model(ids).logits)
+            else:
+                with pytest.raises(ValueError, match="for SoftpickForCausalLM, not for Llama's classes"):
+                    LlamaForCausalLM.from_pretrained(tmp_path, **choice)
+        close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+        assert not hasattr(SoftpickConfig(**model.config.to_dict()), "transformers_weights")
+
+
 # What a user without the package does; prints one line of JSON. Run where hf_softpick cannot be imported.
 STRANGER = """
 import json, sys
@@ -192,7 +216,9 @@ def refused(door, load):
 refused("auto", lambda: AutoModelForCausalLM.from_pretrained(folder))
 refused("auto config", lambda: AutoConfig.from_pretrained(folder))
 refused("llama", lambda: LlamaForCausalLM.from_pretrained(folder))
+refused("llama with None", lambda: LlamaForCausalLM.from_pretrained(folder, attn_implementation=None))
 refused("llama from text", lambda: LlamaForCausalLM.from_pretrained(sys.argv[4]))
+refused("llama from text with None", lambda: LlamaForCausalLM.from_pretrained(sys.argv[4], attn_implementation=None))
 load = lambda where, **kwargs: AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True, **kwargs)
 model = load(folder)
 out["class"] = [type(model).__name__, model.config._attn_implementation]
@@ -251,8 +277,8 @@ def test_a_folder_runs_where_the_package_does_not_exist(tmp_path):
     refusals = out["refusals"]
     assert not [door for door, message in refusals.items() if message is None], refusals
     assert "trust_remote_code" in refusals["auto"] and "trust_remote_code" in refusals["auto config"]
-    assert all("scaled_softpick" in refusals[door] for door in ("llama", "sdpa", "set sdpa", "config"))
-    assert "softpick" in refusals["llama from text"]
+    assert all("scaled_softpick" in refusals[door] for door in ("sdpa", "set sdpa", "config"))
+    assert all("for SoftpickForCausalLM" in message for door, message in refusals.items() if "llama" in door)
 
     files, again = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (first, copy))
     assert files.keys() == again.keys()

@@ -1,14 +1,19 @@
 """The model of a run: always float32, never softmax by accident, foreign architectures included."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from tiny_foreign import foreign_model
-from training_runs import environment, records, write_recipe
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from training_runs import records, write_recipe
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_softpick.data.settings import TokenizerSettings
 from hf_softpick.errors import RecipeError
@@ -66,14 +71,39 @@ def test_new_models_are_drawn_as_transformers_draws_them(tokenizer, normalizer, 
     assert model.config.vocab_size == len(tokenizer) == 300
 
 
-def test_foreign_model_runs_with_our_attention_in_float32(tokenizer, llama):
+@pytest.fixture(scope="module")
+def neox(tmp_path_factory):
+    """An architecture whose weights do not fit our blocks, saved in bfloat16."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("neox")
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=300, **SIZES)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_foreign_model_runs_with_our_attention_in_float32(tokenizer, neox):
     """transformers would take dtype and attention from the saved configuration."""
-    model = build_model(_settings(**{"from": str(llama), "normalizer": "softpick"}), tokenizer, seed=0)
-    assert type(model) is LlamaForCausalLM and model.dtype == torch.float32
+    model = build_model(_settings(**{"from": str(neox), "normalizer": "softpick"}), tokenizer, seed=0)
+    assert type(model) is GPTNeoXForCausalLM and model.dtype == torch.float32
     assert model.config._attn_implementation == "softpick"
-    softmax = build_model(_settings(**{"from": str(llama), "normalizer": "softmax"}), tokenizer, seed=0)
+    softmax = build_model(_settings(**{"from": str(neox), "normalizer": "softmax"}), tokenizer, seed=0)
     ids = torch.arange(3, 40)[None]
     assert (model(ids).logits - softmax(ids).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_weights_that_fit_ours_become_a_model_of_ours(tokenizer, llama, tmp_path, sealed):
+    """With the logits of the architecture's own class under softpick; also when another trainer saved it sealed."""
+    own = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="softpick")
+    own.save_pretrained(tmp_path)
+    source = {"from": str(tmp_path if sealed else llama)}
+    model = build_model(_settings(**source, normalizer="softpick"), tokenizer, seed=0)
+    assert type(model) is SoftpickForCausalLM and model.config.normalizer == "softpick"
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(model(ids).logits, own(ids).logits)
+    scaled = build_model(_settings(**source, normalizer="scaled_softpick"), tokenizer, seed=0)
+    assert (scaled.model.layers[1].self_attn.head_scale == 0.3).all()
+    softmax = build_model(_settings(**source, normalizer="softmax"), tokenizer, seed=0)
+    assert type(softmax) is LlamaForCausalLM and softmax.config._attn_implementation == "sdpa"
 
 
 def test_going_on_from_our_own_model(tokenizer, tmp_path):
@@ -93,10 +123,10 @@ def test_going_on_from_our_own_model(tokenizer, tmp_path):
         ({"normalizer": "softpick", "attn_implementation": "tiled"}, "leave it out"),
     ],
 )
-def test_what_a_foreign_model_cannot_do_is_refused(tokenizer, llama, fields, message):
+def test_what_a_foreign_model_cannot_do_is_refused(tokenizer, neox, fields, message):
     """Named, instead of silently computing something else."""
     with pytest.raises(RecipeError, match=message):
-        build_model(_settings(**{"from": str(llama), **fields}), tokenizer, seed=0)
+        build_model(_settings(**{"from": str(neox), **fields}), tokenizer, seed=0)
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo", "mamba"])
@@ -120,32 +150,21 @@ def test_a_model_that_does_not_exist(tokenizer):
         build_model(_settings(**{"from": "no/such-model", "normalizer": "softpick"}), tokenizer, seed=0)
 
 
-def test_finished_foreign_model_never_loads_as_softmax(llama, tmp_path):
-    """transformers forgets the attention when it saves; with its name in config.json, loading elsewhere fails."""
-    recipe = write_recipe(tmp_path, model={"from": str(llama), "normalizer": "softpick"}, training={"max_steps": 2})
-    assert main([str(recipe)]) == 0
-    run = tmp_path / "runs" / "tiny"
-    assert len([record for record in records(run) if "loss" in record]) == 2
-    config = json.loads((run / "final" / "config.json").read_text())
-    assert config["attn_implementation"] == "softpick" and config["model_type"] == "llama"
-    assert "import hf_softpick" in (run / "final" / "README.md").read_text()
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(run / 'final')!r})"
-    command = [sys.executable, "-P", "-c", code]
-    done = subprocess.run(
-        command, env=environment(PYTHONPATH=""), cwd=tmp_path, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode != 0 and "softpick" in done.stderr
-    loaded = AutoModelForCausalLM.from_pretrained(run / "final")
-    assert loaded.config._attn_implementation == "softpick"
-    assert AutoConfig.from_pretrained(run / "final").use_cache is True
-
-
-def test_every_save_of_a_foreign_model_names_its_attention(llama, tmp_path, capsys):
-    """transformers drops the name: a checkpoint without it would load as softmax, without a word."""
-    recipe = write_recipe(tmp_path, model={"from": str(llama), "normalizer": "softpick"})
+@pytest.mark.parametrize(("source", "model_type"), [("llama", "softpick"), ("neox", "softpick_sealed")])
+def test_every_save_of_a_continued_model_refuses_softmax(request, tmp_path, capsys, source, model_type):
+    """Checkpoints and final/; modeling/test_attention_guard.py shows what that form does."""
+    model = {"from": str(request.getfixturevalue(source)), "normalizer": "softpick"}
+    recipe = write_recipe(tmp_path, model=model)
     assert main([str(recipe), "training.max_steps=2", "training.save_steps=1"]) == 0, capsys.readouterr().err
+    run = tmp_path / "runs/tiny"
+    assert len([record for record in records(run) if "loss" in record]) == 2
     for folder in ("checkpoints/checkpoint-1", "checkpoints/checkpoint-2", "final"):
-        assert AutoConfig.from_pretrained(tmp_path / "runs/tiny" / folder)._attn_implementation == "softpick"
+        assert json.loads((run / folder / "config.json").read_text())["model_type"] == model_type
+        loaded = AutoModelForCausalLM.from_pretrained(run / folder, attn_implementation=None)
+        assert loaded.config._attn_implementation == ("auto" if source == "llama" else "softpick")
+    assert "trust_remote_code=True" in (run / "final" / "README.md").read_text()
+    assert AutoConfig.from_pretrained(run / "final").use_cache is True
+    assert main([str(recipe), "training.max_steps=3", "training.save_steps=1"]) == 0, capsys.readouterr().err
 
 
 def test_weights_that_are_missing_or_cut_off_are_refused(llama, tmp_path, capsys):

@@ -1,0 +1,167 @@
+"""How a model of another architecture is saved when its attention is not softmax, so that it never runs as softmax.
+
+transformers does not save which attention a model ran with, and its classes run sdpa when they are told nothing, or
+None. `install` makes every config.json of such a model *sealed*: the configuration lies inside, where only this module
+looks. Outside lies what stops every other reader: an unknown model_type and architecture for the Auto classes and for
+serving engines, and for classes that are named explicitly a sentence where each expects an integer, and one where
+transformers expects the name of the weights. The folder carries this code: `trust_remote_code=True` opens it.
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .attention_softpick import register_attention
+from .normalizers import NORMALIZERS
+
+OURS, SEALED = "softpick", "softpick_sealed"
+GUARDED = tuple(name for name in NORMALIZERS if name != "softmax" and not name.startswith("scaled_"))
+NOTE = "not readable as this architecture: its weights were trained with {} attention, and softmax would ruin them. "
+NOTE += "Import hf_softpick before loading, or load through an Auto class with trust_remote_code=True"
+
+
+def marked(config: PreTrainedConfig) -> str | None:
+    """The normalizer that the weights of a loaded configuration were saved for; None for softmax and for our class."""
+    name = getattr(config, "normalizer", None)
+    return name if name in GUARDED and config.model_type != OURS else None
+
+
+def mark(config: PreTrainedConfig, normalizer: str | None) -> None:
+    """Say for which normalizer the weights are from now on: one of GUARDED, or None for softmax."""
+    for part in _parts(config):
+        if marked(part):
+            del part.normalizer
+    if normalizer is not None:
+        config.get_text_config().normalizer = normalizer
+
+
+def seal(config: PreTrainedConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds for the serialized form `saved` of `config`; that itself if all its attention is softmax.
+
+    A part of a composite model that runs softpick alone is enough.
+    """
+    names = _name_parts(config, saved)
+    if not names:
+        return saved
+    note = NOTE.format(" and ".join(sorted(names)))
+    return {
+        "architectures": [f"Softpick{name}" for name in saved.get("architectures") or ["Model"]],
+        "auto_map": {"AutoConfig": f"{Path(__file__).stem}.{SealedConfig.__name__}"},
+        "model_type": SEALED,
+        "transformers_version": saved.get("transformers_version"),
+        "transformers_weights": note,
+        "vocab_size": note,
+        # In a list: transformers takes a dictionary with the model_type that it looks for, wherever one lies.
+        SEALED: [saved],
+    }
+
+
+def unseal(saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in the content of a config.json. Its architectures keep the name of no class, so that an
+    engine that reads the opened configuration does not take its own implementation."""
+    if saved.get("model_type") == SEALED:
+        return saved[SEALED][0] | {"architectures": saved["architectures"]}
+    if saved.get("attn_implementation") in GUARDED and saved.get("model_type") != OURS:
+        return saved | {"normalizer": saved["attn_implementation"]}  # as version 0.1 of this package wrote it
+    return saved
+
+
+def install() -> None:
+    """Hook transformers: configurations are sealed when written and unsealed when read, and a model whose
+    configuration is marked runs its normalizer, or raises. Idempotent, also between copies of this file."""
+    _hook(PreTrainedConfig, "to_json_file", _write)
+    _hook(PreTrainedConfig, "_dict_from_json_file", _read)
+    _hook(PreTrainedModel, "_check_and_adjust_attn_implementation", _choose)
+    _hook(PreTrainedModel, "get_correct_attn_implementation", _choose)
+
+
+class SealedConfig(PreTrainedConfig):
+    """What auto_map of a sealed config.json names; loads as the configuration inside."""
+
+    model_type = SEALED
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As for any configuration class.
+
+        Raises:
+            ValueError: this transformers has no code of the architecture inside.
+        """
+        from transformers import CONFIG_MAPPING
+
+        install()
+        register_attention()
+        saved, kwargs = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if saved["model_type"] not in CONFIG_MAPPING:
+            raise ValueError(f"transformers has no model type {saved['model_type']!r}; update, or import hf_softpick")
+        return CONFIG_MAPPING[saved["model_type"]].from_dict(saved, **kwargs)
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for key in config.sub_configs:
+        if isinstance(part := getattr(config, key, None), PreTrainedConfig):
+            yield from _parts(part)
+
+
+def _name_parts(config: PreTrainedConfig, saved: dict[str, Any]) -> set[str]:
+    """Write into `saved` which part runs which normalizer; the names of all."""
+    if config.model_type == OURS:
+        return set()
+    name, names = marked(config) or config._attn_implementation, set()
+    if name in GUARDED:
+        saved["normalizer"] = name
+        names.add(name)
+    for key in config.sub_configs:
+        if isinstance(part := getattr(config, key, None), PreTrainedConfig) and isinstance(saved.get(key), dict):
+            names |= _name_parts(part, saved[key])
+    return names
+
+
+def _hook(owner: type, name: str, around: Callable) -> None:
+    held = owner.__dict__[name]
+    original = held.__func__ if isinstance(held, classmethod) else held
+    if getattr(original, "softpick_guard", False):
+        return
+
+    @functools.wraps(original)
+    def hooked(self, *args, **kwargs):
+        return around(original, self, *args, **kwargs)
+
+    hooked.softpick_guard = True
+    setattr(owner, name, classmethod(hooked) if isinstance(held, classmethod) else hooked)
+
+
+def _write(original: Callable, config: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True):
+    saved = json.loads(config.to_json_string(use_diff=use_diff))
+    sealed = seal(config, saved)
+    if sealed is saved:
+        return original(config, json_file_path, use_diff)
+    path = Path(json_file_path)
+    path.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for code in (*Path(__file__).parent.glob("attention_*.py"), Path(__file__).with_name("normalizers.py")):
+        shutil.copyfile(code, path.with_name(code.name))
+
+
+def _read(original: Callable, cls: type, json_file: str | os.PathLike) -> dict[str, Any]:
+    return unseal(original(cls, json_file))
+
+
+def _choose(original: Callable, model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any):
+    name = marked(model.config)
+    if name is not None and attn_implementation not in (None, name):
+        raise ValueError(
+            f"{type(model).__name__} cannot run with attn_implementation={attn_implementation!r}: these weights were "
+            f"trained with {name!r}, and it computes softmax. Leave it out. To train them on with softmax, load the "
+            "configuration first, `del config.normalizer`, and pass it as config=..."
+        )
+    return original(model, name or attn_implementation, *args, **kwargs)
+
+
+__all__ = ["SealedConfig", "install", "mark", "marked"]
