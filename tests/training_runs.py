@@ -45,7 +45,7 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
         "run": {"name": "tiny", "root": str(folder / "runs")},
     }
     for name, section in sections.items():
-        replace = name == "model" and "from" in section
+        replace = name in ("model", "tokenizer") and "from" in section
         recipe[name] = section if replace else {**recipe[name], **section}
     path = folder / "recipe.yaml"
     # JSON is YAML, and writing it needs nothing that is being tested.

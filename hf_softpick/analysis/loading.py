@@ -151,17 +151,17 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
     """What every result file says of the model, as plain values."""
     model = loaded.model
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
     return {
         "name": loaded.name,
         "path": loaded.path,
         "architecture": type(model).__name__,
         "normalizer": normalizer_of(model),
         "attn_implementation": model.config._attn_implementation,
-        "layers": config.num_hidden_layers,
+        "layers": getattr(config, "num_hidden_layers", None),
         "heads": heads,
         "key_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "hidden_size": config.hidden_size,
+        "hidden_size": getattr(config, "hidden_size", None),
         "vocab_size": config.vocab_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),

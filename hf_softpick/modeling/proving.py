@@ -39,7 +39,7 @@ def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
             computed = normalizer
             with other:
                 logits = _logits(model, rows)
-            layers, called = _attention_layers(model.config.get_text_config(decoder=True)), len(set(calls))
+            layers, called = attention_layers(model.config.get_text_config(decoder=True)), len(set(calls))
             # A layer may call it twice (Diffllama), or be run twice (Zamba 2).
             if other.seen or not calls or layers not in (called, len(calls)):
                 also = f", and {', '.join(sorted(other.seen))} ran beside it" if other.seen else ""
@@ -56,6 +56,20 @@ def prove_causal(model: PreTrainedModel) -> None:
     """No token of `model`, which computes softmax its own way, sees a later one; otherwise as `prove_normalizer`."""
     with _running(model, "softmax") as rows:
         _check_causal(_logits(model, rows))
+
+
+def isolates_documents(model: PreTrainedModel, normalizer: str) -> bool:
+    """Whether each document of a packed row, whose position_ids restart, has the logits that it has alone.
+
+    Raises:
+        ValueError: as `prove_normalizer`, which must have passed.
+    """
+    with _running(model, normalizer) as rows:
+        row, whole = rows[:1], torch.arange(LENGTH, device=rows.device)
+        packed = torch.cat([whole[:FIRST], whole[:-FIRST]])
+        both = _logits(model, row.expand(2, -1), position_ids=torch.stack([packed, whole]))
+        alone = torch.cat([both[1, :FIRST], _logits(model, row[:, FIRST:])[0]])
+        return not _differ(both[0], alone)
 
 
 def refusal(model: str, normalizer: str, error: Exception) -> ValueError:
@@ -122,7 +136,8 @@ def _gathered(model: PreTrainedModel) -> Iterator[None]:
             hook.remove()
 
 
-def _attention_layers(config: PreTrainedConfig) -> int:
+def attention_layers(config: PreTrainedConfig) -> int:
+    """Layers with an attention; hybrid models have others."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
         return config.num_hidden_layers

@@ -16,12 +16,14 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_softpick.conversion.settings import read_settings
+from hf_softpick.data.settings import DataSettings
 from hf_softpick.errors import CheckpointError, RecipeError
 from hf_softpick.modeling.attention_guard import mark
 from hf_softpick.modeling.attention_triton import TRITON, refuse
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
+from hf_softpick.training.continuing import apply_settings, check_isolation, fit_vocabulary, id_count
 from hf_softpick.training.recipe_model import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -46,27 +48,27 @@ def check_attention(settings: ModelSettings, device: torch.device) -> None:
         raise RecipeError(f"model.{error}") from error
 
 
-def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def build_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, data: DataSettings | None = None
+) -> PreTrainedModel:
     """The model that `settings` describe, on CPU (or sharded by ZeRO-3), float32, the same on every rank.
 
+    Args:
+        data: the rows that it will be trained on; a model to go on from must be able to read them.
+
     Raises:
-        RecipeError: the settings do not make a model, or the tokenizer has more tokens than the model.
+        RecipeError: the settings do not make a model, or it does not fit the tokenizer or the rows.
     """
     set_seed(seed)
     expected = _WRONG_SETTINGS if settings.from_ is None else _UNREADABLE
     try:
-        model = _new(settings, tokenizer, seed) if settings.from_ is None else _continued(settings)
+        if settings.from_ is None:
+            model = _new(settings, tokenizer, seed)
+        else:
+            model = _continued(settings, tokenizer, seed, data)
     except expected as error:
         origin = f"model.from {settings.from_}" if settings.from_ is not None else "model"
-        reason = str(error)
-        if "trust_remote_code" in reason:  # transformers' advice, which no recipe can follow
-            reason = f"{reason.splitlines()[0]} It is never run here; give a model that transformers has the code of."
-        raise RecipeError(f"{origin}: {reason}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise RecipeError(
-            f"model.vocab_size is {model.config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens. Use the "
-            "tokenizer that belongs to the model, or leave vocab_size out."
-        )
+        raise RecipeError(f"{origin}: {error}") from error
     wrong = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if wrong:
         raise RecipeError(f"model: parameters must be float32, these are {wrong}; use training.bf16 for speed.")
@@ -74,9 +76,14 @@ def build_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
 
 
 def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    needed = id_count(tokenizer)
+    if settings.vocab_size is not None and settings.vocab_size < needed:
+        raise ValueError(
+            f"vocab_size is {settings.vocab_size}, but the tokenizer has {needed} tokens. Leave vocab_size out."
+        )
     config = SoftpickConfig(
         **settings.config_fields(),
-        vocab_size=settings.vocab_size or len(tokenizer),
+        vocab_size=settings.vocab_size or needed,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -97,7 +104,9 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
     return model
 
 
-def _continued(settings: ModelSettings) -> PreTrainedModel:
+def _continued(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, data: DataSettings | None
+) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision, trust_remote_code=False)
     implementation = settings.attn_implementation
     if is_foreign(config) and settings.normalizer != "softmax":
@@ -107,6 +116,9 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
         implementation = foreign_attention(settings)
     else:
         config.normalizer = settings.normalizer
+    apply_settings(config, settings, data.seq_len if data else 0)
+    if not is_foreign(config):
+        _check_dropout(config, settings)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             settings.from_,
@@ -128,8 +140,12 @@ def _continued(settings: ModelSettings) -> PreTrainedModel:
             f"{settings.from_} has no weights for {len(missing)} parameters ({', '.join(missing[:3])}, ...), which "
             "would start at random. Its config.json does not belong to its weights."
         )
+    set_seed(seed)
+    fit_vocabulary(model, settings, tokenizer)
     if is_foreign(config):
         prove_causal(model) if settings.normalizer == "softmax" else prove_normalizer(model, settings.normalizer)
+        if data and data.isolate_documents:
+            check_isolation(model, settings.normalizer)
     return model
 
 
@@ -144,6 +160,15 @@ def _as_ours(settings: ModelSettings) -> SoftpickConfig | None:
     except CheckpointError as error:
         logger.info("%s is trained in its own architecture: %s", settings.from_, error)
         return None
+
+
+def _check_dropout(config: SoftpickConfig, settings: ModelSettings) -> None:
+    able = ("eager", "sdpa") if settings.normalizer == "softmax" else ("eager",)
+    if config.attention_dropout and settings.attn_implementation not in able:
+        raise ValueError(
+            f"it was saved with attention_dropout = {config.attention_dropout:g}, which attn_implementation "
+            f"{settings.attn_implementation!r} cannot compute. Set model.attention_dropout=0, or use 'eager'."
+        )
 
 
 def is_foreign(config: object) -> bool:

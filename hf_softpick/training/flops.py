@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_softpick.modeling.proving import attention_layers
+
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets, without sparsity. First match wins, so longer names first.
 PEAK_FLOPS = (
     ("B200", 2.25e15),
@@ -35,15 +37,19 @@ def device_peak(bf16: bool) -> float | None:
     return peak_flops(torch.cuda.get_device_name())
 
 
-def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> float:
-    """Forward and backward FLOPs of one token in a row of `seq_len`: 6 N + 12 L H D T.
+def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> float | None:
+    """Forward and backward FLOPs of one token in a row of `seq_len`: 6 N + 12 L H D T; None for another kind of model.
 
     N counts every weight that multiplies something: the embedding lookup does not, the output head does, tied or not.
     The attention term is the usual convention (PaLM, appendix B), which does not halve for causality.
     """
+    config = config.get_text_config(decoder=True)
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if not (layers and heads):
+        return None
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     embeddings = model.get_input_embeddings().weight
     if not getattr(config, "tie_word_embeddings", False):
         size -= getattr(embeddings, "ds_numel", embeddings.numel())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6.0 * size + 12.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6.0 * size + 12.0 * attention_layers(config) * heads * head_dim * seq_len

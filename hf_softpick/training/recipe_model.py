@@ -61,7 +61,7 @@ class ModelSettings(Section):
     """A new model (hidden_size, num_hidden_layers, ...) or `from`, a causal language model to go on from."""
 
     from_: str | None = Field(default=None, alias="from", min_length=1)
-    """Folder or Hub id; its architecture is kept, so the fields of the architecture below must be left out."""
+    """Folder or Hub id; its architecture is kept, so most fields of the architecture below must be left out."""
     revision: str | None = Field(default=None, min_length=1)
     """Commit, tag or branch of `from` on the Hub."""
     normalizer: Normalizer = "softpick"
@@ -69,7 +69,8 @@ class ModelSettings(Section):
     attn_implementation: Implementation = "auto"
     """How it is computed; not saved."""
     vocab_size: int | None = Field(default=None, ge=1)
-    """Rows of the embedding; unset: the tokenizer's size. Larger than that to pad it, never smaller."""
+    """Rows of the embedding; unset: the tokenizer's size. Larger than that to pad it, never smaller. Beside `from` it
+    adds rows for new tokens."""
     hidden_size: int | None = Field(default=None, ge=1)
     intermediate_size: int | None = Field(default=None, ge=1)
     """Width of the gated MLP."""
@@ -82,7 +83,7 @@ class ModelSettings(Section):
     hidden_act: Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "tanh"] | None = None
     """Unset: silu."""
     max_position_embeddings: int | None = Field(default=None, ge=1)
-    """Longest sequence in tokens; unset: data.seq_len."""
+    """Longest sequence in tokens; unset: data.seq_len, or with `from` what that model says."""
     initializer_range: float | None = Field(default=None, ge=0, le=1)
     """Standard deviation of new weights; unset: 0.02."""
     rms_norm_eps: float | None = Field(default=None, gt=0, lt=1)
@@ -103,6 +104,8 @@ class ModelSettings(Section):
 
 
 _OUTSIDE_ARCHITECTURE = {"from_", "revision", "normalizer", "attn_implementation"}
+# What a model to go on from may be extended by; see continuing.py.
+_OUTSIDE_ARCHITECTURE |= {"vocab_size", "max_position_embeddings", "rope_parameters", "attention_dropout"}
 _ARCHITECTURE = [name for name in ModelSettings.model_fields if name not in _OUTSIDE_ARCHITECTURE]
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -136,6 +139,8 @@ def _check_continued(model: ModelSettings) -> Iterator[Problem]:
             ("model", "normalizer"),
             "is missing; say which normalizer the loaded model shall go on with, for example softpick",
         )
+    if model.rope_parameters is not None:
+        yield from _check_rope(model.rope_parameters)
 
 
 def _check_new(model: ModelSettings) -> Iterator[Problem]:

@@ -240,7 +240,7 @@ def _reporters(directory: Path) -> Iterator[None]:
 
 
 def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str, Any]) -> SoftpickTrainer:
-    model = build_model(recipe.model, data.tokenizer, args.seed)
+    model = build_model(recipe.model, data.tokenizer, args.seed, recipe.data)
     # Whole global batches only: every step then means the same on any number of processes.
     rows = len(data.train) // global_batch(args) * global_batch(args)
     validation = data.validation

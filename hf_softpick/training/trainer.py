@@ -224,7 +224,9 @@ class SoftpickTrainer(Trainer):
         return {name: value for name, value in metrics.items() if name.startswith("eval_")}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """Forward and backward operations of one micro-batch, attention included."""
+        """Forward and backward operations of one micro-batch, attention included where it is known."""
+        if self.flops_per_token is None:
+            return super().floating_point_ops(inputs)
         return self.flops_per_token * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -255,7 +257,7 @@ class SoftpickTrainer(Trainer):
             "memory_gib": memory_gib(),
             "skipped_updates": self.guard.total,
         }
-        if self.peak_flops:
+        if self.peak_flops and self.flops_per_token:
             report["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.args.world_size)
         self.clock.restart()
         self.window_loss, self.window_updates = 0.0, 0
