@@ -10,14 +10,20 @@ REPORT ?= runs/comparison
 WORKERS ?= 2
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 
+# transformers' own tests of a model: its source distribution alone has them.
+TRANSFORMERS := $(shell sed -n 's/^transformers==/transformers-/p' requirements.txt)
+CACHE := $(or $(HF_SOFTPICK_CACHE),$(HOME)/.cache/hf_softpick)
+TRANSFORMERS_TESTS := $(CACHE)/$(TRANSFORMERS)/tests
+
 .DEFAULT_GOAL := help
-.PHONY: help install train compare test lint format clean
+.PHONY: help install train compare test transformers-tests lint format clean
 
 help:
 	@echo "make install  make $(VENV) with everything that is tested, and this checkout"
 	@echo "make train    train $(RECIPE) on this machine (at most 5 minutes on 2 cores)"
 	@echo "make compare  train softmax_tiny and softpick_tiny, measure both, write $(REPORT)/comparison.html (at most 25 minutes)"
 	@echo "make test     style and tests (at most 15 minutes on 2 cores)"
+	@echo "make transformers-tests  transformers' own tests of a model into $(CACHE); make test runs them"
 	@echo "make lint     style alone;  make format mends it"
 	@echo "make clean    remove caches and builds, keep .venv and runs"
 
@@ -50,11 +56,24 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The folder gets its name last, so an interrupted download is repeated. Its __init__.py is not distributed.
+$(TRANSFORMERS_TESTS): | $(STAMP)
+	rm -rf "$(CACHE)/.sdist" && mkdir -p "$(CACHE)/.sdist" "$(@D)"
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+		--no-binary transformers --dest "$(CACHE)/.sdist" $(subst -,==,$(TRANSFORMERS))
+	tar -xzf "$(CACHE)/.sdist/$(TRANSFORMERS).tar.gz" -C "$(CACHE)/.sdist" $(TRANSFORMERS)/tests
+	touch "$(CACHE)/.sdist/$(TRANSFORMERS)/tests/__init__.py"
+	mv "$(CACHE)/.sdist/$(TRANSFORMERS)/tests" "$@" && rm -rf "$(CACHE)/.sdist"
+
+transformers-tests: $(TRANSFORMERS_TESTS)
+
 # One thread in each worker: more would fight over the cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15
 
 # Triton's interpreter is chosen for a whole process, so the tests of the kernels on CPU get processes of their own.
+# Without a network the tests of transformers skip by name, except in CI.
 test: lint
+	@$(MAKE) --no-print-directory transformers-tests || echo "transformers' own tests could not be downloaded"
 	$(PYTEST) $(ARGS)
 ifeq ($(strip $(ARGS)),)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 import pytest
 from hypothesis import settings
@@ -19,11 +20,26 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+# Marks that transformers' own tests carry.
+FOREIGN_MARKS = "accelerate_tests torch_compile_test flash_attn_test flash_attn_3_test flash_attn_4_test is_fsdp_test"
+FOREIGN_MARKS += " is_tensor_parallel_test is_training_test order"
+# They lie in the user's own cache, which no test gets to see.
+os.environ.setdefault(
+    "TRANSFORMERS_TESTS",
+    os.path.join(
+        os.path.expanduser(os.environ.get("HF_SOFTPICK_CACHE") or "~/.cache/hf_softpick"),
+        f"transformers-{version('transformers')}",
+        "tests",
+    ),
+)
+
 _cache = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One cache for all workers of this run, so that a tokenizer is trained once; never the user's own."""
+    for mark in FOREIGN_MARKS.split():
+        config.addinivalue_line("markers", f"{mark}: of transformers' own tests")
     if not hasattr(config, "workerinput"):
         config.stash[_cache] = tempfile.mkdtemp(prefix="hf_softpick_tests_")
         os.environ["HF_SOFTPICK_CACHE"] = config.stash[_cache]

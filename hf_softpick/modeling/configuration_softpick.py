@@ -30,6 +30,14 @@ class SoftpickConfig(LlamaConfig):
     normalizer: str = "softpick"
     sliding_window: int | None = None
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Llama's tensor parallel plan; a rank holds the `head_scale` of its own heads, as tensors of its own."""
+        plan = LlamaConfig.base_model_tp_plan
+        if not self.normalizer.startswith("scaled_"):
+            return plan
+        return {**plan, "layers.*.self_attn.head_scale": "colwise", "layers.*.self_attn": "local_params"}
+
     def validate_architecture(self):
         """Part of `@strict` validation; runs by itself."""
         super().validate_architecture()
