@@ -3,11 +3,13 @@
 Legend: B batch, T queries of this call, S keys (cache included). Indices count tokens of the row from 0.
 """
 
-from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Names under which libraries pass the boundaries of documents, int [documents + 1].
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens_k", "cu_seqlens_k")
 
 
 class VisibleKeys(NamedTuple):
@@ -79,12 +81,12 @@ def visible_keys(
             first = torch.where(position_ids < 0, 0, query - position_ids)
         else:
             # Padding has no position of its own: compare each real token with the real token before it.
-            last = torch.where(real, index, -1).cummax(-1).values.roll(1, -1)
+            last = torch.where(real, index, -1).cummax(-1)[0].roll(1, -1)
             position_ids = position_ids.expand(rank.shape[0], -1)
             previous = position_ids.gather(1, last.clamp_min(0))
             restart = real & (index > 0) & (last >= 0) & (position_ids - previous != 1)
             first = torch.searchsorted(rank, torch.where(position_ids < 0, 0, query_rank - position_ids).clamp_min(0))
-        begun = torch.where(restart, query, 0).cummax(-1).values
+        begun = torch.where(restart, query, 0).cummax(-1)[0]
         start = torch.maximum(torch.maximum(start, begun), first)
     if rank is None:
         position = query - start
@@ -110,35 +112,64 @@ def document_starts(cu_seq_lens: Tensor, length: int) -> Tensor:
     return index - boundaries[torch.searchsorted(boundaries, index, right=True) - 1]
 
 
-def check_boundaries(
-    batch: int, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None, others: Collection[str] = ()
-) -> None:
-    """Refuse boundaries that do not describe one row of self-attention.
+def read_boundaries(
+    arguments: dict[str, Any],
+    batch: int,
+    length: int,
+    cached: bool = False,
+    position_ids: Tensor | None = None,
+    real: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take what says where documents begin out of a call's arguments, under every name that is in use.
 
     Args:
-        others: names of the call's further arguments, among which may be boundaries under a name of another library.
+        arguments: of one call of `length` queries in `batch` rows; BOUNDARIES and seq_idx are removed from it.
+        cached: there are tokens before this call. position_ids: int [B or 1, T]. real: bool [B, T], False = padding.
+
+    Returns:
+        boundaries [documents + 1] or None; `position_ids`, or those that seq_idx [B or 1, T] stands for, or None.
 
     Raises:
-        ValueError: more than one row, keys without queries, different boundaries for the two, or a foreign name.
+        ValueError: they do not describe these rows, or do not agree.
     """
-    foreign = {"cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "seq_idx"} & set(others)
-    if foreign:
+    given = {name: arguments.pop(name) for name in BOUNDARIES if name in arguments}
+    given = {name: value for name, value in given.items() if value is not None}
+    cu_seq_lens = next(iter(given.values()), None)
+    if given and (batch != 1 or all(name.endswith("_k") for name in given)):
         raise ValueError(
-            f"{', '.join(sorted(foreign))} is not read here, and documents would not be kept apart. Pass position_ids "
-            "that restart, or cu_seq_lens_q."
+            f"{', '.join(given)} describes the documents of one row, got a batch of {batch}"
+            f"{'' if batch != 1 else ' and nothing about its queries (cu_seq_lens_q missing)'}. Flatten the batch to "
+            "one row, or pass position_ids."
         )
-    if cu_seq_lens_q is None and cu_seq_lens_k is None:
-        return
-    if cu_seq_lens_q is None or batch != 1:
-        raise ValueError(
-            f"cu_seq_lens describes the documents of one row, got a batch of {batch} and cu_seq_lens_q "
-            f"{'missing' if cu_seq_lens_q is None else 'given'}. Flatten the batch to one row, or pass position_ids."
-        )
-    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and not torch.compiler.is_compiling():
-        if not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+    compiling = torch.compiler.is_compiling()
+    for name, value in given.items():
+        if value is not cu_seq_lens and not compiling and not torch.equal(value, cu_seq_lens):
             raise ValueError(
-                "cu_seq_lens_q and cu_seq_lens_k differ; self-attention needs the same boundaries in both"
+                f"{next(iter(given))} and {name} differ; self-attention needs the same boundaries in both"
             )
+    seq_idx = arguments.pop("seq_idx", None)
+    if seq_idx is None:
+        return cu_seq_lens, position_ids
+    if seq_idx.shape not in ((batch, length), (1, length)):
+        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(batch, length)}")
+    changes = seq_idx.diff(dim=-1) != 0
+    if position_ids is None and cu_seq_lens is None:
+        if cached:
+            raise ValueError("seq_idx does not say how documents go on from a cache. Pass position_ids as well.")
+        index = torch.arange(length, device=seq_idx.device)
+        begun = torch.where(torch.nn.functional.pad(changes, (1, 0)), index, 0).cummax(-1)[0]
+        return None, index - begun
+    if not compiling:
+        positions = document_starts(cu_seq_lens, length) if position_ids is None else position_ids
+        differ = changes.to(positions.device) != (positions.diff(dim=-1) != 1)
+        if real is not None:
+            differ = differ & (real[:, 1:] & real[:, :-1]).to(differ.device)
+        if bool(differ.any()):
+            raise ValueError(
+                f"seq_idx and {'cu_seq_lens' if position_ids is None else 'position_ids'} do not begin documents at "
+                f"the same tokens, first at {int(differ.any(0).nonzero()[0]) + 1}. Pass what agrees, or one of them."
+            )
+    return cu_seq_lens, position_ids
 
 
 def check_padding(mask: Tensor) -> None:

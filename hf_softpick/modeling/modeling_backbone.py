@@ -5,11 +5,11 @@ Sibling imports only: `save_pretrained` copies these files beside the weights.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, initialization
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,10 +23,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_masks import VisibleKeys, check_boundaries, check_padding, document_starts, visible_keys
+from .attention_foreign import runs_in_engine, softmax_mask
+from .attention_masks import VisibleKeys, check_padding, document_starts, read_boundaries, visible_keys
 from .attention_softpick import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
 from .attention_triton import TRITON, refuse
 from .configuration_softpick import SoftpickConfig
@@ -36,6 +38,7 @@ INITIAL_HEAD_SCALE = 0.3
 _CODE_FILES = (
     "attention_blocks.py",
     "attention_dense.py",
+    "attention_foreign.py",
     "attention_inputs.py",
     "attention_masks.py",
     "attention_softpick.py",
@@ -103,7 +106,15 @@ class SoftpickAttention(LlamaAttention):
             _refuse_foreign(self.config.normalizer, implementation)
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
             output, weights = interface(
-                self, query.to(value.dtype), key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs
+                self,
+                query.to(value.dtype),
+                key,
+                value,
+                mask,
+                dropout=dropout,
+                scaling=self.scaling,
+                sliding_window=self.config.sliding_window,
+                **kwargs,
             )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
@@ -217,11 +228,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, hidden] of tokens [B, T].
 
@@ -230,7 +237,8 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
                 visible, which replaces causality, but neither the window nor the boundaries of documents.
             position_ids: int64 [B or 1, T]; a document starts wherever they restart, and documents never see each
                 other, with or without a cache or an attention_mask.
-            cu_seq_lens_q: int [documents + 1], the same for one row without padding; cu_seq_lens_k must equal it.
+            kwargs: cu_seq_lens_q, int [documents + 1] for one row without padding, and seq_idx, int [B, T], say the
+                same; what is given must agree.
 
         Raises:
             ValueError: masks or boundaries do not fit the input, or the implementation cannot honour them.
@@ -241,48 +249,24 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        batch, length, _ = inputs_embeds.shape
-        offset = past_key_values.get_query_offset() if past_key_values is not None else 0
-        if isinstance(offset, Tensor):
-            offset = offset.to(inputs_embeds.device)
-        check_boundaries(batch, cu_seq_lens_q, cu_seq_lens_k, kwargs)
-        given_positions = position_ids
-        if position_ids is None and cu_seq_lens_q is not None:
-            position_ids = document_starts(cu_seq_lens_q, length)
-        elif position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + offset)[None]
-
-        keys, key_offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
-        padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        if padding is not None and padding.is_floating_point():
-            check_padding(padding)
-        visible = visible_keys(
-            length,
-            keys,
-            inputs_embeds.device,
-            query_offset=offset,
-            key_offset=key_offset,
-            padding_mask=None if padding is None else padding.to(inputs_embeds.device, torch.bool),
-            position_ids=given_positions,
-            cu_seq_lens=cu_seq_lens_q,
-            sliding_window=self.config.sliding_window,
-        )
-        if attention_mask is not None and padding is None:
-            mask = keep_documents_apart(check_mask(attention_mask, length, keys), given_positions, cu_seq_lens_q)
-            if self.config.sliding_window is not None:
-                query = torch.arange(length, device=mask.device) + offset - key_offset
-                mask = mask & (torch.arange(keys, device=mask.device) > query[:, None] - self.config.sliding_window)
-        elif self.config._attn_implementation in IMPLEMENTATIONS:
-            mask = visible
+        implementation = self.config._attn_implementation
+        if implementation not in IMPLEMENTATIONS and runs_in_engine(implementation, kwargs):
+            if position_ids is None or (attention_mask is not None and attention_mask.ndim == 2):
+                raise ValueError(
+                    f"attn_implementation={implementation!r} knows by itself what each query sees, from an engine or "
+                    "for want of a mask function: pass position_ids, and no 2-D attention_mask."
+                )
+            mask = attention_mask, position_ids.clamp_min(0)
         else:
-            mask = self._softmax_mask(visible, inputs_embeds, attention_mask, past_key_values, keys, position_ids)
-
+            mask, position_ids, kwargs = self._what_is_seen(
+                inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+            )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=(mask, visible.position),
+                attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -291,25 +275,73 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _softmax_mask(self, visible, inputs_embeds, attention_mask, past_key_values, keys, position_ids):
-        """The mask in the form that transformers' softmax implementation in force reads."""
-        _refuse_foreign(self.config.normalizer, self.config._attn_implementation)
-        if self.config._attn_implementation == "sdpa":
-            return visible.dense(keys)
-        packed = bool((visible.position.diff() != 1).any()) and bool((position_ids.diff() != 1).any())
-        if packed and (attention_mask is not None or past_key_values is not None):
+    def _what_is_seen(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[SoftpickMask, Tensor, dict[str, Any]]:
+        """The layers' mask, position_ids [B or 1, T] and further arguments, from what `forward` was given."""
+        kwargs = dict(kwargs)
+        implementation = self.config._attn_implementation
+        if kwargs.pop("is_causal", None) is False or kwargs.get("cache") is not None:
             raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} does not keep packed documents apart when "
-                "an attention_mask or a cache is given. Pass neither (use_cache=False), or use 'auto' or 'tiled'."
+                f"is_causal=False and a paged cache are not supported by attn_implementation={implementation!r}: the "
+                "model is causal, and its keys are those of the call and of past_key_values."
             )
-        create = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        return create(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+        batch, length, _ = inputs_embeds.shape
+        device = inputs_embeds.device
+        keys, key_offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
+        offset = past_key_values.get_query_offset() if past_key_values is not None else 0
+        if isinstance(offset, Tensor):
+            offset = offset.to(device)
+        padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if padding is not None:
+            if padding.is_floating_point():
+                check_padding(padding)
+            padding = padding.to(device, torch.bool)
+        cached = past_key_values is not None and (isinstance(offset, Tensor) or offset > 0)
+        query = torch.arange(length, device=device) + offset
+        real = None if padding is None else padding[:, query.clamp_max(padding.shape[1] - 1)]
+        cu_seq_lens, given_positions = read_boundaries(kwargs, batch, length, cached, position_ids, real)
+        if given_positions is not None:
+            position_ids = given_positions
+        elif cu_seq_lens is not None:
+            position_ids = document_starts(cu_seq_lens, length)
+        else:
+            position_ids = query[None]
+        visible = visible_keys(
+            length,
+            keys,
+            device,
+            query_offset=offset,
+            key_offset=key_offset,
+            padding_mask=padding,
+            position_ids=given_positions,
+            cu_seq_lens=cu_seq_lens,
+            sliding_window=self.config.sliding_window,
         )
+        if attention_mask is not None and padding is None:
+            if implementation not in (*IMPLEMENTATIONS, "sdpa"):
+                raise ValueError(
+                    f"attn_implementation={implementation!r} does not take the attention_mask "
+                    f"{tuple(attention_mask.shape)} here. Use 'auto', 'tiled', 'eager' or 'sdpa'."
+                )
+            mask = keep_documents_apart(check_mask(attention_mask, length, keys), given_positions, cu_seq_lens)
+            if self.config.sliding_window is not None:
+                first = query[:, None] - key_offset - self.config.sliding_window + 1
+                mask = mask & (torch.arange(keys, device=device) >= first)
+        elif implementation in IMPLEMENTATIONS:
+            mask = visible
+        else:
+            _refuse_foreign(self.config.normalizer, implementation)
+            mask, more = softmax_mask(
+                self.config, visible, inputs_embeds, padding, past_key_values, keys, position_ids, query
+            )
+            kwargs = {**kwargs, **more}
+        return (mask, visible.position), position_ids, kwargs
 
 
 __all__ = ["SoftpickModel", "SoftpickPreTrainedModel"]

@@ -261,8 +261,59 @@ def test_3d_mask_is_refused():
         tiny_model()(tokens(2, 12), attention_mask=torch.ones(2, 12, 12, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("name", ["cu_seq_lens", "cu_seqlens_q", "seq_idx"])
-def test_boundaries_under_a_name_that_is_not_read_are_refused(name):
+INDEX = torch.tensor([[0] * 70 + [1] + [2] * 9, [0] * 33 + [1] * 47])  # of the documents in LENGTHS
+NAMES = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "seq_idx"])
+def test_boundaries_are_read_under_every_name(name):
+    """TRL's packing passes position_ids, cu_seq_lens and seq_idx; others one of them."""
+    model = tiny_model("scaled_softpick")
+    ids, position_ids, documents = packed(LENGTHS[:1])
+    value = INDEX[:1].int() if name == "seq_idx" else boundaries(LENGTHS[0])
+    expected = alone(model, documents)
+    close(model(ids, **{name: value}).logits, expected)
+    everything = {"position_ids": position_ids, "cu_seq_lens_q": boundaries(LENGTHS[0]), "seq_idx": INDEX[:1]}
+    close(model(ids, **{**everything, name: value}, max_length_q=70).logits, expected)
+    wrong = value.clone()
+    wrong[..., 1] += 1
+    for others in ({"cu_seq_lens_q": boundaries(LENGTHS[0])}, {"position_ids": position_ids}):
+        if name not in others and (name == "seq_idx" or "cu_seq_lens_q" in others):
+            with pytest.raises(ValueError, match="differ|do not begin documents at the same tokens, first at 1"):
+                model(ids, **{**others, name: wrong})
+
+
+def test_seq_idx_of_a_batch_beside_padding_and_a_cache():
     model = tiny_model()
-    with pytest.raises(ValueError, match=f"{name} is not read here"):
-        model(tokens(1, 12), **{name: torch.tensor([0, 5, 12])})
+    ids, position_ids, documents = packed(LENGTHS)
+    expected = alone(model, documents)
+    close(model(ids, seq_idx=INDEX).logits, expected)
+    mask = torch.ones_like(ids)
+    mask[:, 79] = 0
+    marked = INDEX.masked_fill(mask == 0, -1)  # padding is no document, whatever it is marked with
+    for positions in (None, position_ids):
+        close(model(ids, attention_mask=mask, seq_idx=marked, position_ids=positions).logits[:, :79], expected[:, :79])
+    past = model(ids[:, :40], position_ids=position_ids[:, :40], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="seq_idx does not say how documents go on from a cache"):
+        model(ids[:, 40:], seq_idx=INDEX[:, 40:], past_key_values=past)
+    with pytest.raises(ValueError, match=r"seq_idx has shape \(80,\), expected \(2, 80\)"):
+        model(ids, seq_idx=INDEX[0])
+
+
+def test_what_flattening_collators_make():
+    """TRL's padding_free and packing, and transformers' DataCollatorWithFlattening, with all that they can return."""
+    from transformers import DataCollatorWithFlattening
+
+    model, (_, _, documents) = tiny_model(), packed(LENGTHS[:1])
+    rows = [{"input_ids": document} for document in documents[0]]
+    for positions in (True, False):
+        collate = DataCollatorWithFlattening(
+            return_seq_idx=True, return_flash_attn_kwargs=positions, return_position_ids=positions
+        )
+        close(model(**collate(rows)).logits, alone(model, documents))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("is_causal", False), ("cache", object())])
+def test_arguments_for_another_attention_are_refused(argument, value):
+    with pytest.raises(ValueError, match="is_causal=False and a paged cache are not supported"):
+        tiny_model()(tokens(1, 12), **{argument: value})
