@@ -1,7 +1,9 @@
 """Versions of what decides a result, for manifests, model cards and result files. Imports nothing heavy."""
 
 import importlib.metadata
+import os
 import platform
+import re
 
 PACKAGES = (
     "hf_softpick torch transformers accelerate datasets tokenizers safetensors deepspeed triton numpy pydantic lm_eval"
@@ -17,3 +19,27 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hub_commit(name: str | None, revision: str | None = None, kind: str = "model") -> str | None:
+    """Commit of a Hub repository that was just loaded: what `revision` (a branch or tag) meant then.
+
+    Args:
+        name: a folder or a repository. kind: "model" or "dataset".
+
+    Returns:
+        40 hexadecimal digits; None for a folder, and for a repository that is not in the Hub cache.
+    """
+    if name is None or os.path.exists(name):
+        return None
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=name, repo_type=kind)
+    try:
+        with open(os.path.join(constants.HF_HUB_CACHE, folder, "refs", revision or "main"), encoding="utf-8") as file:
+            return file.read().strip() or None
+    except (OSError, ValueError):
+        return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.settings import TokenizerSettings
-from .estimates import Memory, count_parameters, count_saved_parameters, estimate_memory
+from .estimates import Disk, Memory, count_parameters, count_saved_parameters, estimate_disk, estimate_memory
 from .recipe import Recipe, write_yaml
 from .recipe_model import GPU_ONLY, ModelSettings
 
@@ -26,7 +26,7 @@ def describe(recipe: Recipe) -> str:
     write_yaml(recipe.resolved(), text)
     vocabulary, origin = vocabulary_size(recipe.model, recipe.tokenizer)
     parameters = _parameters(recipe.model, vocabulary)
-    memory = None
+    memory, disk = None, estimate_disk(recipe, parameters) if parameters else None
     if parameters and recipe.model.from_ is None:
         memory = estimate_memory(recipe, parameters, vocabulary, processes)
     lines = [
@@ -36,8 +36,9 @@ def describe(recipe: Recipe) -> str:
         ("parameters", _parameters_line(parameters, recipe.model)),
         *_token_lines(recipe, parameters, processes),
         *(_memory_lines(memory) if memory else [("memory", "unknown without the number of parameters")]),
+        *(_disk_lines(disk) if disk else []),
     ]
-    found = [f"  - {warning}" for warning in warnings(recipe, vocabulary, memory)]
+    found = [f"  - {warning}" for warning in warnings(recipe, vocabulary, memory, disk)]
     summary = "\n".join(f"{name:<18}{value}" for name, value in lines)
     return f"{text.getvalue()}\n{summary}\n\n" + (
         "What looks wrong:\n" + "\n".join(found) if found else "Nothing looks wrong."
@@ -104,16 +105,24 @@ def _memory_lines(memory: Memory) -> Iterator[tuple[str, str]]:
     yield "", f"{memory.weights / GIB:.2f} weights, {memory.gradients / GIB:.2f} gradients, {memory.optimizer_text()}"
     yield "", f"{memory.activations / GIB:.2f} kept for the backward pass, {memory.logits / GIB:.2f} logits and loss"
     yield "", "not counted: libraries, allocator, communication buffers, and what torch.compile saves or adds"
-    yield "disk", f"about {memory.checkpoint / GIB:.2f} GiB for each checkpoint"
 
 
-def warnings(recipe: Recipe, vocabulary: int | None, memory: Memory | None) -> Iterator[str]:
+def _disk_lines(disk: Disk) -> Iterator[tuple[str, str]]:
+    each = f"{disk.checkpoint / GIB:.2f} GiB for each checkpoint, {disk.final / GIB:.2f} for final/"
+    if disk.total is None:
+        yield "disk", f"about {each}; all checkpoints are kept"
+    else:
+        yield "disk", f"about {disk.total / GIB:.2f} GiB at most: {disk.checkpoints} x {each}"
+
+
+def warnings(recipe: Recipe, vocabulary: int | None, memory: Memory | None, disk: Disk | None = None) -> Iterator[str]:
     """What is allowed but probably not meant, one sentence each."""
     given = recipe.training.written
     if "max_steps" in given:
         yield from _step_warnings(recipe, given["max_steps"])
     yield from _evaluation_warnings(recipe)
-    yield from _batch_warnings(recipe, memory)
+    yield from _batch_warnings(recipe)
+    yield from disk_warnings(disk)
     yield from _machine_warnings(recipe, given, memory)
     if not recipe.data.isolate_documents:
         yield "data.isolate_documents is false: documents in a row see each other."
@@ -151,7 +160,7 @@ def _evaluation_warnings(recipe: Recipe) -> Iterator[str]:
         yield "eval.prompts is empty: no sample is generated."
 
 
-def _batch_warnings(recipe: Recipe, memory: Memory | None) -> Iterator[str]:
+def _batch_warnings(recipe: Recipe) -> Iterator[str]:
     given = recipe.training.written
     rows, accumulated = given.get("per_device_train_batch_size", 8), given.get("gradient_accumulation_steps", 1)
     if "per_device_train_batch_size" not in given:
@@ -165,9 +174,15 @@ def _batch_warnings(recipe: Recipe, memory: Memory | None) -> Iterator[str]:
         yield f"a step sees only {tokens} tokens on each process (seq_len x batch): gradients will be noisy."
     if rows * recipe.data.seq_len > 2**17:
         yield f"one micro-batch has {rows * recipe.data.seq_len:,} tokens; where memory ends, halve it."
-    if memory and memory.free_disk is not None and memory.free_disk < 2 * memory.checkpoint:
-        free, need = memory.free_disk / GIB, 2 * memory.checkpoint / GIB
-        yield f"run.root has {free:.1f} GiB free, two checkpoints need {need:.1f} GiB."
+
+
+def disk_warnings(disk: Disk | None) -> Iterator[str]:
+    """Whether the disk will be full before the run ends."""
+    if disk and disk.missing:
+        yield (
+            f"run.root lacks {disk.missing / GIB:.2f} GiB: {disk.checkpoints} checkpoints (those kept, and the one "
+            f"being written) and final/ need {disk.total / GIB:.2f} GiB."
+        )
 
 
 def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | None) -> Iterator[str]:

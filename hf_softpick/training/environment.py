@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hf_softpick.files import write_text
-from hf_softpick.versions import versions
+from hf_softpick.training.recipe import Recipe
+from hf_softpick.versions import hub_commit, versions
 
 
 def commit() -> str | None:
@@ -51,12 +52,36 @@ def describe(strategy: str, world_size: int) -> dict[str, Any]:
     }
 
 
+def hub_commits(recipe: Recipe) -> dict[str, str]:
+    """Commits of what the recipe names on the Hub, by the recipe's key; to be asked as soon as it is loaded."""
+    asked = {
+        "model.from": hub_commit(recipe.model.from_, recipe.model.revision),
+        "tokenizer.from": hub_commit(recipe.tokenizer.from_, recipe.tokenizer.revision),
+    }
+    return {key: commit for key, commit in asked.items() if commit}
+
+
+def launches(path: Path) -> list[dict[str, Any]]:
+    """The launches that environment.json holds, oldest first; [] where it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["launches"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
+
+
+def trained_from(path: Path) -> dict[str, str]:
+    """Commits that the run of environment.json began with."""
+    return next((launch["commits"] for launch in launches(path) if launch.get("commits")), {})
+
+
+def record_commits(path: Path, commits: dict[str, str]) -> None:
+    """Add to the newest launch in environment.json what it loaded from the Hub."""
+    if commits and (found := launches(path)):
+        found[-1]["commits"] = commits
+        write_text(path, json.dumps({"launches": found}, indent=1) + "\n")
+
+
 def record_launch(path: Path, launch: dict[str, Any]) -> None:
     """Append `launch` to the list in environment.json: a resumed run may go on under other versions."""
-    launches: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
-        except (ValueError, KeyError, TypeError):
-            launches = []
-    write_text(path, json.dumps({"launches": [*launches, launch]}, indent=1) + "\n")
+    write_text(path, json.dumps({"launches": [*launches(path), launch]}, indent=1) + "\n")

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .recipe import Recipe
 from .recipe_model import ModelSettings
@@ -35,9 +36,6 @@ class Memory:
     """Tensors that the layers keep for the backward pass."""
     logits: float
     """Logits, their float32 copy and their gradient."""
-    checkpoint: float
-    """One checkpoint on disk, of all processes together."""
-    free_disk: int | None
 
     @property
     def total(self) -> float:
@@ -49,6 +47,24 @@ class Memory:
         if self.optimizer is None:
             return "the optimizer's state not counted"
         return f"{self.optimizer / 2**30:.2f} optimizer state"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes below the run folder, of all processes together."""
+
+    checkpoint: float
+    """One of them: float32 weights and the optimizer's state."""
+    checkpoints: int | None
+    """How many there are at most, one of them being written; None: not known before the data is prepared."""
+    final: float
+    missing: float | None
+    """What the disk lacks beyond what the folder holds already; None where that is not known, 0 where it has room."""
+
+    @property
+    def total(self) -> float | None:
+        """Bytes at most."""
+        return None if self.checkpoints is None else self.checkpoints * self.checkpoint + self.final
 
 
 def _widths(model: ModelSettings) -> tuple[int, int, int]:
@@ -113,8 +129,6 @@ def estimate_memory(recipe: Recipe, parameters: int, vocabulary: int, processes:
         optimizer=None if state is None else state / sharded,
         activations=activations,
         logits=tokens * vocabulary * ((2 if half else 4) + 4 + 4),
-        checkpoint=4 * parameters + (state or 0),
-        free_disk=_free_disk(recipe.run.directory),
     )
 
 
@@ -142,12 +156,37 @@ def _is_zero3(configuration: object) -> bool:
     return isinstance(stage, dict) and stage.get("stage") == 3
 
 
-def _free_disk(directory: Path) -> int | None:
-    """Bytes free where `directory` is or will be."""
-    directory = directory.resolve()
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    try:
-        return shutil.disk_usage(directory).free
-    except OSError:
-        return None
+def estimate_disk(recipe: Recipe, parameters: int) -> Disk:
+    """What checkpoints and final/ of a run take, and whether the disk has it.
+
+    A checkpoint is written beside those that are kept, and only then the oldest goes.
+    """
+    given = recipe.training.written
+    state = _OPTIMIZER_BYTES.get(given.get("optim", "adamw_torch_fused"))
+    checkpoint, final = (4 + (state or 0)) * parameters, 4 * parameters
+    saves, limit = _saves(given), given.get("save_total_limit")
+    kept = None if limit is None else max(limit, 2) + 1
+    checkpoints = min((number for number in (saves, kept) if number is not None), default=None)
+    missing, directory = None, recipe.run.directory.resolve()
+    if checkpoints is not None:
+        need = checkpoints * checkpoint + final
+        try:
+            held = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+            while not directory.exists() and directory != directory.parent:
+                directory = directory.parent
+            missing = max(0.0, need - held - shutil.disk_usage(directory).free)
+        except OSError:
+            pass  # changing under our eyes, or out of reach
+    return Disk(checkpoint, checkpoints, final, missing)
+
+
+def _saves(given: dict[str, Any]) -> int | None:
+    """How many checkpoints a run writes; None where that depends on the size of the data."""
+    strategy, every, steps = given.get("save_strategy", "steps"), given.get("save_steps", 500), given.get("max_steps")
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return None if steps is not None else math.ceil(given["num_train_epochs"])
+    if every < 1:  # a share of all steps
+        return math.ceil(1 / every)
+    return None if steps is None else math.ceil(steps / every)

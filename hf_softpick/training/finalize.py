@@ -1,4 +1,4 @@
-"""The end of a run: RUN/final as others load it, a trial of saving it, whether it is still whole, and its upload."""
+"""The end of a run: its last measurements, and RUN/final as others load it, which is tried before the first step."""
 
 import contextlib
 import json
@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_softpick.data.preparing import PreparedData
-from hf_softpick.errors import CheckpointError, RecipeError, StorageError
+from hf_softpick.errors import RecipeError, StorageError
 from hf_softpick.files import clear, sync, write_text
 from hf_softpick.generation_settings import mend_generation_config
-from hf_softpick.training import checkpointing, resume
+from hf_softpick.training import checkpointing, environment, finished, resume
+from hf_softpick.training.dry_run import disk_warnings
+from hf_softpick.training.estimates import estimate_disk
 from hf_softpick.training.generation import write_samples
 from hf_softpick.training.model_card import model_card
 from hf_softpick.training.plots import plot_losses
-from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.trainer import SoftpickTrainer
 from hf_softpick.versions import versions
@@ -45,12 +46,14 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
     if trainer.is_world_process_zero():
         for sentence in changed:
             logger.warning("model.from %s: %s", recipe.model.from_, sentence)
+        for sentence in disk_warnings(estimate_disk(recipe, _count(trainer.model))):
+            logger.warning("%s", sentence)
         scratch = recipe.run.directory / ".trial-staging"
         try:
             clear(scratch)
             with _for_generation(trainer.model):
                 trainer._save(str(scratch), None if _is_small(trainer.model) else {"trial": torch.zeros(1)})
-            _write_card(scratch, trainer.model, recipe, {"parameters": 0}, data_report, ())
+            _write_card(scratch, recipe, {"parameters": 0}, data_report, ())
         except Exception as error:  # whatever the writers of others raise: here it costs nothing yet
             fault = error
         with contextlib.suppress(OSError):
@@ -64,6 +67,10 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
         f"The model of this run cannot be saved, so nothing was trained ({reason}). Mend what it names in "
         f"{recipe.model.from_ or 'the recipe'}."
     )
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _is_small(model: torch.nn.Module) -> bool:
@@ -118,7 +125,7 @@ def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "last_loss": losses[-1] if losses else _mean_loss(trainer),
         **evaluation,
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+        "parameters": _count(trainer.model),
     }
     final = write_final(trainer, recipe, dict(results), data.report)
     if trainer.is_world_process_zero():
@@ -127,8 +134,8 @@ def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict
         _print_end(directory, results, samples, len(data.tokenizer))
     # Uploading may take long, and may fail: nobody else has to wait for it.
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero() and not is_uploaded(recipe):
-        upload(recipe)
+    if trainer.is_world_process_zero() and not finished.is_uploaded(recipe):
+        finished.upload(recipe)
     return results
 
 
@@ -163,7 +170,7 @@ def write_final(
         if main:
             if recipe.training.export_dtype != "float32":
                 _cast(staging, getattr(torch, recipe.training.export_dtype), model._keep_in_fp32_modules_strict or ())
-            _write_card(staging, model, recipe, results, data_report, trainer.manifest_facts.get("changes", ()))
+            _write_card(staging, recipe, results, data_report, trainer.manifest_facts.get("changes", ()))
             files = checkpointing.record_files(staging)
             _replace(staging, final)
     except Exception as error:
@@ -208,15 +215,14 @@ def _cast(folder: Path, dtype: torch.dtype, keep: Collection[str]) -> None:
 
 def _write_card(
     staging: Path,
-    model: Any,
     recipe: Recipe,
     results: dict[str, Any],
     data_report: dict[str, Any],
     changes: Sequence[dict[str, Any]],
 ) -> None:
-    text = (recipe.run.directory / "recipe.yaml").read_text(encoding="utf-8")
     parameters = results.pop("parameters")
-    card = model_card(recipe, text, results, data_report, versions(), parameters, changes)
+    commits = environment.trained_from(recipe.run.directory / "environment.json")
+    card = model_card(recipe, results, data_report, versions(), parameters, changes, commits)
     write_text(staging / "README.md", card)
 
 
@@ -228,70 +234,6 @@ def _replace(staging: Path, final: Path) -> None:
     staging.rename(final)
     sync(final.parent)
     clear(old)
-
-
-def faults(recipe: Recipe) -> list[str]:
-    """What is wrong with RUN/final of a finished run, one line a file.
-
-    Weights must be those that were written; what people edit (card, configuration) only has to be there.
-    """
-    final = recipe.run.directory / "final"
-    recorded = resume.read_finished(recipe).get("final")
-    if not isinstance(recorded, dict):  # finished by an older version
-        try:
-            index = json.loads((final / "model.safetensors.index.json").read_text(encoding="utf-8"))
-            weights = set(index["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            weights = {"model.safetensors"}
-        recorded = dict.fromkeys(["config.json", *sorted(weights)])
-    weights = {name: file for name, file in recorded.items() if file and name.endswith(".safetensors")}
-    gone = [name for name in recorded if name not in weights and not (final / name).is_file()]
-    return [f"{name} is missing" for name in gone] + checkpointing.file_faults(final, weights)
-
-
-def require_checkpoint(recipe: Recipe, step: int, found: int | None) -> None:
-    """Refuse to write a damaged final/ again from anything but the checkpoint of its own step.
-
-    Raises:
-        CheckpointError: what is wrong with final/, and which checkpoint there is.
-    """
-    if found == step:
-        return
-    directory = recipe.run.directory
-    newest = f"the newest that can be used is of step {found}" if found is not None else "there is none at all"
-    raise CheckpointError(
-        f"{directory / 'final'} is damaged ({'; '.join(faults(recipe))}), and no checkpoint of step {step}, where the "
-        f"run finished, is left to write it again from: {newest}. Put the files back; or delete "
-        f"{directory / resume.FINISHED} to train again from what there is; or choose another run.name."
-    )
-
-
-def is_uploaded(recipe: Recipe) -> bool:
-    """Whether nothing is left to upload, because the recipe asks for no upload or the record says that it was made."""
-    if not recipe.training.arguments.get("push_to_hub"):
-        return True
-    made = resume.read_finished(recipe).get("uploads", [])
-    return any({name: each.get(name) for name in ("repo", "revision")} == _destination(recipe) for each in made)
-
-
-def upload(recipe: Recipe) -> None:
-    """Upload RUN/final, and write into the record that it was. For rank 0 to call.
-
-    Raises:
-        HubError: it failed; the same command tries again.
-    """
-    hub, destination = recipe.training.arguments, _destination(recipe)
-    private = hub.get("hub_private_repo") is not False
-    url = push(recipe.run.directory / "final", destination["repo"], private, destination["revision"])
-    record = resume.read_finished(recipe)
-    record["uploads"] = [*record.get("uploads", []), {**destination, "commit": url}]
-    resume.save_finished(recipe, record)
-    print("Uploaded:", url, flush=True)
-
-
-def _destination(recipe: Recipe) -> dict[str, Any]:
-    hub = recipe.training.arguments
-    return {"repo": hub.get("hub_model_id") or recipe.run.name, "revision": hub.get("hub_revision")}
 
 
 def _mean_loss(trainer: SoftpickTrainer) -> float:

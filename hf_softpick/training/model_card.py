@@ -1,10 +1,18 @@
 """README.md of a finished model: what it is, how to load it, what it was trained on, what must not be done with it."""
 
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from hf_softpick.training.recipe import Recipe
+from hf_softpick.training.recipe import Recipe, write_yaml
+
+# Absolute, relative to a home or to a folder above: what may name a person or a machine.
+_PATH = re.compile(r"(?:file:/|~|\.{0,2}/)[^\n]*\Z")
 
 _WARNING = """\
 > **The weights belong to {normalizer} attention.** Load them with `trust_remote_code=True` or with hf_softpick
@@ -26,26 +34,29 @@ _SOFTMAX = "> The attention is ordinary softmax; any implementation computes wha
 
 def model_card(
     recipe: Recipe,
-    recipe_text: str,
     results: dict[str, Any],
     data_report: dict[str, Any],
     versions: dict[str, str],
     parameters: int,
     changes: Sequence[dict[str, Any]] = (),
+    commits: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Text of the model card.
+    """Text of the model card. It is made to be published: of paths on this machine it holds the last part alone.
 
     Args:
-        recipe_text: the resolved recipe as YAML.
         results: step, tokens_seen, last_loss, eval_loss, ... of the end of the run.
         changes: settings that the recipe did not have from the first step on, as `resume.listed` makes them.
+        commits: of what the recipe names on the Hub, by the recipe's key.
     """
+    recipe_text = StringIO()
+    write_yaml(without_paths(recipe.resolved()), recipe_text)
     normalizer = recipe.model.normalizer
     tags = ["softpick", f"{normalizer}-attention", "text-generation", "hf_softpick"]
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
-    if recipe.model.from_ is not None:
-        front.append(f"base_model: {recipe.model.from_}")
-    return "\n".join(
+    source = recipe.model.from_
+    if source is not None and source == without_paths(source) and not os.path.exists(source):
+        front.append(f"base_model: {source}")
+    card = "\n".join(
         [
             "---",
             *front,
@@ -64,19 +75,32 @@ def model_card(
             _table(results),
             "## Data",
             "",
-            f"Sources: {', '.join(source.path for source in recipe.data.sources)}.",
+            f"Sources: {', '.join(without_paths(source.path) for source in recipe.data.sources)}.",
             "",
-            _table(data_report),
+            _table(without_paths(data_report)),
             "## Versions",
             "",
-            _table(versions),
+            _table({**versions, **{f"commit of {key}": commit for key, commit in commits.items()}}),
             "## Recipe",
             "",
-            f"```yaml\n{recipe_text.strip()}\n```",
+            f"```yaml\n{recipe_text.getvalue().strip()}\n```",
             "",
-            *_changed(changes),
+            *_changed(without_paths(changes)),
         ]
     )
+    home = str(Path.home())
+    return card.replace(f"{home}/", ".../") if len(home) > 1 else card
+
+
+def without_paths(value: Any) -> Any:
+    """`value` (plain values, nested) with ".../NAME" for each path of this machine; prompts are text, and stay."""
+    if isinstance(value, Mapping):
+        return {without_paths(key): item if key == "prompts" else without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and _PATH.match(value):
+        return f".../{value.rstrip('/').rpartition('/')[2]}"
+    return value
 
 
 def _changed(changes: Sequence[dict[str, Any]]) -> list[str]:

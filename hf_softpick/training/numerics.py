@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_softpick.errors import NumericsError
+from hf_softpick.errors import DataError, NumericsError
+
+_NO_TARGETS = (
+    "A target is a token with another one of its document before it: these documents are single tokens. Join them, "
+    "or set tokenizer.add_bos or data.isolate_documents."
+)
 
 
 def poison(loss: Tensor, refuse: Tensor) -> Tensor:
@@ -30,15 +35,39 @@ class SkipGuard:
     consecutive: int = 0
     total: int = 0
     empty: int = 0
+    empty_in_row: int = 0
     last: dict = field(default_factory=dict)
 
     def applied(self) -> None:
         """An update went in."""
-        self.consecutive = 0
+        self.consecutive = self.empty_in_row = 0
 
     def no_targets(self) -> None:
-        """The update had no target token at all: nothing to learn from, and no fault of the numbers."""
+        """The update had no target token at all: nothing to learn from, and no fault of the numbers.
+
+        Raises:
+            DataError: more than `max_consecutive` such updates in a row.
+        """
         self.empty += 1
+        self.empty_in_row += 1
+        if self.empty_in_row > self.max_consecutive:
+            raise DataError(f"{self.empty_in_row} updates in a row had no target token. {_NO_TARGETS}")
+
+    def require_training(self, steps: int) -> None:
+        """Refuse the end of a run of which all `steps`, counted from its start, were left out.
+
+        Raises:
+            DataError: none had a target token.
+            NumericsError: the rest was not finite.
+        """
+        if not 0 < steps <= self.empty + self.total:
+            return
+        if not self.total:
+            raise DataError(f"None of the {steps} updates had a target token, so nothing was trained. {_NO_TARGETS}")
+        raise NumericsError(
+            f"None of the {steps} updates was applied (last: a {self.last['reason']} at step {self.last['step']}), so "
+            "nothing was trained. Lower training.learning_rate, or use float32 (training.bf16=false)."
+        )
 
     def refuse(self, step: int, losses: list[float], grad_norm: float) -> dict:
         """Record a refused update.

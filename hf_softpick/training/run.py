@@ -21,7 +21,7 @@ from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.errors import RecipeError, Stopped, StorageError
 from hf_softpick.files import write_text
 from hf_softpick.modeling.attention_softpick import resolve_auto
-from hf_softpick.training import environment, finalize, resume, strategy
+from hf_softpick.training import environment, finalize, finished, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
 from hf_softpick.training.build import build_model, check_attention
 from hf_softpick.training.callbacks import MetricsLog, Progress, Samples
@@ -58,19 +58,19 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
     if step is None:
         with _locked(recipe.run.directory, main):
             return _train(recipe, main, debug)
-    if damage := finalize.faults(recipe):
+    if damage := finished.faults(recipe):
         saved = resume.checkpointing.steps(recipe.run.directory / "checkpoints")
-        finalize.require_checkpoint(recipe, step, saved[0] if saved else None)
+        finished.require_checkpoint(recipe, step, saved[0] if saved else None)
         if main:
             print(f"{recipe.run.directory / 'final'} is damaged ({'; '.join(damage)}): writing it again.", flush=True)
         with _locked(recipe.run.directory, main):
-            return _train(recipe, main, debug, finished=step)
-    if main and finalize.is_uploaded(recipe):
+            return _train(recipe, main, debug, ended=step)
+    if main and finished.is_uploaded(recipe):
         print(f"{recipe.run.directory}: already finished at step {step}; nothing to do.")
     elif main:
         print(f"{recipe.run.directory}: already finished at step {step}, and not uploaded.")
         with _locked(recipe.run.directory, main):
-            finalize.upload(recipe)
+            finished.upload(recipe)
     return RunResult(recipe.run.directory, step, {})
 
 
@@ -91,13 +91,14 @@ def _locked(directory: Path, main: bool) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error}. Choose another run.root.") from error
     try:
+        refuse_links(directory)
         yield
     finally:
         lock.release()
 
 
-def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None) -> RunResult:
-    """All of a run from its start or its newest checkpoint; of a run that `finished` at a step, its end alone."""
+def _train(recipe: Recipe, main: bool, debug: bool, ended: int | None = None) -> RunResult:
+    """All of a run from its start or its newest checkpoint; of a run that `ended` at a step, its end alone."""
     if not debug:
         transformers.logging.disable_progress_bar()  # One bar, that of the training steps, is enough.
         # DeepSpeed calls deprecated collectives several times a step, each with a warning.
@@ -127,8 +128,8 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
         total = resume.total_steps(args, len(data.train), global_batch(args))
         manifest, changes = resume.check_resume(checkpoint, facts, recipe, data, total)
         facts["changes"] = manifest.get("changes", []) + resume.listed(changes, manifest["step"])
-    if finished is not None:
-        finalize.require_checkpoint(recipe, finished, manifest.get("step"))
+    if ended is not None:
+        finished.require_checkpoint(recipe, ended, manifest.get("step"))
     if checkpoint is not None and main:
         print(f"Resuming {recipe.run.directory} from step {manifest['step']}.", flush=True)
         if changes:
@@ -136,6 +137,8 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
     _prepare_folder(recipe, environment.describe(active, args.world_size), facts["changes"], main)
     with _reporters(recipe.run.directory):
         trainer = _make_trainer(recipe, args, data, facts)
+        if main:
+            environment.record_commits(recipe.run.directory / "environment.json", environment.hub_commits(recipe))
         finalize.check_saving(trainer, recipe, data.report)
         if checkpoint is not None:
             trainer.guard.consecutive = manifest.get("consecutive_skips", 0)
@@ -149,6 +152,7 @@ def _train(recipe: Recipe, main: bool, debug: bool, finished: int | None = None)
             trainer.stop.restore()
     step = trainer.state.global_step
     finalize.require_measurements(trainer)
+    trainer.guard.require_training(step)
     if step < trainer.state.max_steps:
         saved = resume.checkpointing.steps(Path(args.output_dir))
         if main:
@@ -190,7 +194,6 @@ def _prepare_folder(recipe: Recipe, launch: dict[str, Any], changes: list[dict[s
     if not main:
         return
     try:
-        refuse_links(directory)
         for folder in (directory / "checkpoints", directory / "report"):
             folder.mkdir(parents=True, exist_ok=True)
         run_id = directory / "report" / "wandb_run_id"

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
 from hf_softpick.training.dry_run import describe, vocabulary_size, warnings
-from hf_softpick.training.estimates import count_parameters, count_saved_parameters, estimate_memory
+from hf_softpick.training.estimates import count_parameters, count_saved_parameters, estimate_disk, estimate_memory
 from hf_softpick.training.recipe import load_recipe
 
 TEXT = """\
@@ -117,6 +118,38 @@ def test_memory_counts_what_it_says(recipe):
     assert "optimizer's state not counted" in describe(recipe("training.optim=adafactor"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "checkpoints"),
+    [
+        ([], 2),  # 100 steps, every 50
+        (["training.save_steps=10"], 3),  # two are kept while the third is written
+        (["training.save_steps=10", "training.save_total_limit=1"], 3),  # never fewer than two are kept
+        (["training.save_steps=10", "training.save_total_limit=5"], 6),
+        (["training.save_steps=30", "training.save_total_limit=null"], 4),  # and one at the last step
+        (["training.save_steps=0.4"], 3),
+        (["training.save_strategy=no"], 0),
+    ],
+)
+def test_disk_holds_what_is_kept_what_is_written_and_final(recipe, overrides, checkpoints):
+    disk = estimate_disk(recipe(*overrides), 1000)
+    assert (disk.checkpoints, disk.checkpoint, disk.final) == (checkpoints, 12_000, 4_000)
+    assert disk.total == checkpoints * 12_000 + 4_000 and disk.missing == 0
+
+
+def test_a_disk_that_will_be_full(recipe, tmp_path):
+    """What the run holds already needs no more room."""
+    free = shutil.disk_usage(tmp_path).free
+    each = free // 28 + 2**20  # 2 checkpoints of 12 bytes a parameter and final/ of 4
+    lacks = estimate_disk(recipe(), each).missing
+    assert 0 < lacks
+    assert any("run.root lacks" in text for text in warnings(recipe(), None, None, estimate_disk(recipe(), each)))
+    run = recipe().run.directory
+    run.mkdir(parents=True)
+    with (run / "held").open("wb") as file:
+        file.truncate(2 * int(lacks) + 2**30)
+    assert estimate_disk(recipe(), each).missing == 0
+
+
 def test_zero3_divides_the_states(recipe, tmp_path, monkeypatch):
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     sharded = estimate_memory(recipe("training.deepspeed=zero3.json"), 1000, 512, 8)
@@ -135,6 +168,7 @@ def test_the_summary(recipe, monkeypatch):
     assert "tokens in total   819,200 in 100 steps" in text
     assert f"{count_parameters(recipe().model, 512):,}" in text
     assert "512 (tokenizer.train_bpe)" in text
+    assert "disk              about" in text and "2 x" in text
     assert "Nothing looks wrong." in text
 
 

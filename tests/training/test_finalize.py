@@ -8,9 +8,11 @@ import signal
 
 import fake_hub
 import pytest
-from training_runs import losses, records, write_recipe
+from training_runs import environment, losses, records, train, write_recipe
 
 from hf_softpick.train import main
+from hf_softpick.training.model_card import without_paths
+from hf_softpick.versions import hub_commit
 
 PUSH = ["training.push_to_hub=true", "training.hub_model_id=me/tiny"]
 
@@ -282,3 +284,46 @@ def test_a_signal_outside_the_training_loop(again, target, number, monkeypatch, 
     assert "run the same command again" in capsys.readouterr().err
     monkeypatch.undo()
     assert call() == 0
+
+
+def test_a_run_without_targets_is_exit_code_3(tmp_path, capsys):
+    """Documents of one token have nothing to predict; final/ would hold the weights that the run began with."""
+    recipe = write_recipe(tmp_path, tokenizer={"train_bpe": 300, "add_bos": False, "add_eos": False})
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 2000)
+    assert main([str(recipe), "training.max_steps=2", "data.validation=0"]) == 3
+    assert "None of the 2 updates had a target token" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "tiny" / "final").exists()
+
+
+def test_the_card_holds_no_path_of_this_machine(finished, tmp_path):
+    """It is uploaded: whose home it was is nobody's business. The run's own recipe.yaml keeps the paths."""
+    card = (finished / "runs" / "tiny" / "final" / "README.md").read_text()
+    assert str(finished) not in card and "path: '.../text.jsonl'" in card and "Sources: .../text.jsonl." in card
+    assert str(finished) in (finished / "runs" / "tiny" / "recipe.yaml").read_text()
+    value = {"a": ["~/x.json", "/home/me/data/*.parquet", "../up/", "file:///home/me/y"], "/home/me/z": 1}
+    assert without_paths(value) == {"a": [".../x.json", ".../*.parquet", ".../up", ".../y"], ".../z": 1}
+    kept = {"prompts": ["/home/me"], "path": "HuggingFaceFW/fineweb-edu", "url": "s3://b/c", "text": "a /b", "n": None}
+    assert without_paths(kept) == kept
+
+
+def test_commits_of_the_hub_are_recorded(llama, finished, tmp_path, monkeypatch):
+    """A branch means something else tomorrow. What the cache holds offline is what a download leaves in it."""
+    commit, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--me--base"
+    shutil.copytree(llama, repository / "snapshots" / commit)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(finished / "runs" / "tiny" / "final" / name, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    recipe = write_recipe(
+        tmp_path, model={"from": "me/base", "normalizer": "softpick"}, tokenizer={"train_bpe": None, "from": "me/base"}
+    )
+    done = train(recipe, "training.max_steps=1", env=environment(HF_HUB_CACHE=str(tmp_path / "hub")))
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "tiny"
+    expected = {"model.from": commit, "tokenizer.from": commit}
+    assert json.loads((run / "environment.json").read_text())["launches"][-1]["commits"] == expected
+    card = (run / "final" / "README.md").read_text()
+    assert f"| commit of model.from | {commit} |" in card and "base_model: me/base" in card
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert hub_commit(str(finished)) is None and hub_commit("me/base", "no") is None
+    assert hub_commit("me/base", "f" * 40) == "f" * 40

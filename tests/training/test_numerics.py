@@ -7,7 +7,8 @@ import torch
 from training_runs import make_rows, make_trainer, records
 from transformers import TrainerCallback
 
-from hf_softpick.errors import NumericsError
+from hf_softpick.errors import DataError, NumericsError
+from hf_softpick.training.numerics import SkipGuard
 
 
 class Poison(TrainerCallback):
@@ -126,6 +127,30 @@ def test_too_many_in_a_row_end_the_run(tmp_path):
     with pytest.raises(NumericsError, match=r"3 updates in a row .*step 4.*max_consecutive_skips allows 2"):
         trainer.train()
     assert NumericsError.exit_code == 5
+
+
+def test_too_many_batches_without_targets(tmp_path):
+    """More in a row than max_consecutive_skips allows: the data is wrong."""
+    trainer = make_trainer(tmp_path, make_rows(64, empty=True), max_steps=8, max_consecutive_skips=2)
+    with pytest.raises(DataError, match="3 updates in a row had no target token"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("empty", "refused", "error"), [(3, 0, DataError), (1, 2, NumericsError), (2, 0, None), (0, 2, None)]
+)
+def test_a_run_without_an_update_is_not_trained(empty, refused, error):
+    """Three steps of which none was applied must not end as a finished run."""
+    guard = SkipGuard(10)
+    for _ in range(empty):
+        guard.no_targets()
+    for step in range(refused):
+        guard.refuse(step, [math.nan], math.nan)
+    if error is None:
+        guard.require_training(3)
+        return
+    with pytest.raises(error, match="nothing was trained"):
+        guard.require_training(3)
 
 
 def test_batch_without_targets_is_left_out(tmp_path):
