@@ -300,9 +300,9 @@ def test_the_card_holds_no_path_of_this_machine(finished, tmp_path):
     card = (finished / "runs" / "tiny" / "final" / "README.md").read_text()
     assert str(finished) not in card and "path: '.../text.jsonl'" in card and "Sources: .../text.jsonl." in card
     assert str(finished) in (finished / "runs" / "tiny" / "recipe.yaml").read_text()
-    value = {"a": ["~/x.json", "/home/me/data/*.parquet", "../up/", "file:///home/me/y"], "/home/me/z": 1}
+    value = {"a": ["~/x.json", "/srv/me/data/*.parquet", "../up/", "file:///srv/me/y"], "/srv/me/z": 1}
     assert without_paths(value) == {"a": [".../x.json", ".../*.parquet", ".../up", ".../y"], ".../z": 1}
-    kept = {"prompts": ["/home/me"], "path": "HuggingFaceFW/fineweb-edu", "url": "s3://b/c", "text": "a /b", "n": None}
+    kept = {"prompts": ["/srv/me"], "path": "HuggingFaceFW/fineweb-edu", "url": "s3://b/c", "text": "a /b", "n": None}
     assert without_paths(kept) == kept
 
 
