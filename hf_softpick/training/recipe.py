@@ -4,11 +4,12 @@ recipe_text.py reads the text, recipe_model.py and recipe_arguments.py hold the 
 recipe_errors.py words what is wrong.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -22,8 +23,8 @@ from .recipe_arguments import TrainingSettings
 from .recipe_errors import find_secrets, word_error
 from .recipe_evolution import migrate
 from .recipe_model import ModelSettings, Problem, check_model
-from .recipe_scheduler import check_scheduler
-from .recipe_text import apply_override, dotted, read_document, shorten
+from .recipe_text import Document, apply_override, dotted, read_document, walk
+from .recipe_training import check_training
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 
@@ -62,6 +63,9 @@ class RunSettings(Section):
     def _plain_root(cls, root: str) -> str:
         if "\0" in root:
             raise ValueError("must be a folder name without NUL characters")
+        root = os.path.expanduser(root)
+        if root.startswith("~"):
+            raise ValueError("begins with the home folder of a user who does not exist; write ./~ for such a name")
         return root
 
     @property
@@ -119,6 +123,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(document, override)
     migrate(document)
+    _unset(document)
     problems = document.problems | find_secrets(document)
     try:
         recipe = Recipe.model_validate(document.data, by_alias=True, by_name=False)
@@ -129,6 +134,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError("\n".join(problems.values()))
     return recipe
+
+
+def _unset(document: Document) -> None:
+    """An override with null takes away what the file says, where null is no value of its own."""
+    for path, value in list(walk(document.data)):
+        if value is not None or len(path) != 2 or not document.place(path).startswith("override"):
+            continue
+        section = Recipe.model_fields[path[0]].annotation if path[0] in Recipe.model_fields else Section
+        for name, field in section.model_fields.items():
+            if (field.alias or name) == path[1] and type(None) not in get_args(field.annotation):
+                del document.data[path[0]][path[1]]
 
 
 def dump_recipe(recipe: Recipe, path: str | Path, notes: Sequence[str] = ()) -> None:
@@ -168,7 +184,7 @@ def _check(recipe: Recipe) -> Iterator[Problem]:
     """What does not fit together, across keys and sections."""
     yield from check_model(recipe.model)
     yield from _check_lengths(recipe)
-    yield from _check_training(recipe)
+    yield from check_training(recipe)
     yield from _check_folder(recipe.run)
 
 
@@ -188,34 +204,6 @@ def _check_lengths(recipe: Recipe) -> Iterator[Problem]:
             ("model", "vocab_size"),
             f"is {model.vocab_size}, smaller than tokenizer.train_bpe = {vocabulary}; leave it out",
         )
-
-
-def _check_training(recipe: Recipe) -> Iterator[Problem]:
-    given = recipe.training.written
-    if ("max_steps" in given) == ("num_train_epochs" in given):
-        what = "and num_train_epochs are both given" if "max_steps" in given else "is missing"
-        yield (
-            ("training", "max_steps"),
-            f"{what}; say how long to train by one of max_steps and num_train_epochs",
-        )
-    if given.get("bf16") and given.get("fp16"):
-        yield ("training", "fp16"), "is true beside training.bf16; choose one"
-    if given.get("full_determinism") and recipe.model.attn_implementation == "triton_fast":
-        yield (
-            ("training", "full_determinism"),
-            "is true, but gradients of model.attn_implementation 'triton_fast' differ between runs; use 'triton'",
-        )
-    if given.get("dataloader_prefetch_factor") and not given.get("dataloader_num_workers"):
-        yield ("training", "dataloader_prefetch_factor"), "needs training.dataloader_num_workers >= 1"
-    pairs = given.get("optim_args") or ""
-    if pairs and not all(re.fullmatch(r" *[^ =][^=]*=[^=]*", pair) for pair in pairs.split(",")):
-        yield (
-            ("training", "optim_args"),
-            f"is {shorten(repr(pairs))}, expected key=value pairs with commas between them, for example"
-            " rank=64,scale=2",
-        )
-    if "lr_scheduler_kwargs" in given or "lr_scheduler_type" in given:
-        yield from check_scheduler(given.get("lr_scheduler_type", "linear"), given.get("lr_scheduler_kwargs", {}))
 
 
 def _check_folder(run: RunSettings) -> Iterator[Problem]:

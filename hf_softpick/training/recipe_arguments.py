@@ -6,12 +6,15 @@ milliseconds and against the version that will run it. Ranges, and what a recipe
 
 import ast
 import importlib.util
+import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field, create_model
+from pydantic import AfterValidator, Field, create_model
 
 from ..data.settings import Section
 
@@ -49,6 +52,9 @@ RANGES: dict[str, tuple[Any, ...]] = {
 
 # Narrower than upstream, where a wrong value is found late or does something that we promise never to do.
 TYPES: dict[str, Any] = {
+    # Upstream also takes the name of a JSON file, which could change from one launch to the next unseen.
+    "accelerator_config": dict[str, Any] | None,
+    "deepspeed": dict[str, Any] | Annotated[str, AfterValidator(os.path.expanduser)] | None,
     # Upstream annotates a string, deprecates it, and documents `fsdp: true`.
     "fsdp": bool,
     "log_level": Literal["debug", "info", "warning", "error", "critical", "passive"],
@@ -173,17 +179,17 @@ class _OwnTrainingSettings(Section):
 
 
 @cache
-def transformers_folder() -> Path:
-    """The installed transformers package, found without importing it."""
-    spec = importlib.util.find_spec("transformers")
+def package_folder(package: str) -> Path:
+    """An installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("transformers is not installed: pip install hf_softpick")
+        raise ImportError(f"{package} is not installed: pip install hf_softpick")
     return Path(spec.submodule_search_locations[0])
 
 
-def read_module(file: str) -> ast.Module:
-    """The syntax tree of one file of the installed transformers package."""
-    return ast.parse((transformers_folder() / file).read_text(encoding="utf-8"))
+def read_module(file: str, package: str = "transformers") -> ast.Module:
+    """The syntax tree of one file of an installed package."""
+    return ast.parse((package_folder(package) / file).read_text(encoding="utf-8"))
 
 
 def _read_classes(file: str) -> dict[str, ast.ClassDef]:
@@ -202,7 +208,7 @@ def string_members(enum: ast.ClassDef) -> dict[str, str]:
 _PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "Any": Any, "dict": dict[str, Any], "list": list[Any]}
 
 
-def _type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
+def annotated_type(node: ast.expr, enums: Mapping[str, ast.ClassDef] = MappingProxyType({})) -> Any:
     """The type that an annotation means; an enum means its values, even where upstream adds `| str`."""
     parts = []
     while isinstance(node, ast.BinOp):
@@ -219,7 +225,7 @@ def _type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
     return found
 
 
-def _single_type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
+def _single_type(node: ast.expr, enums: Mapping[str, ast.ClassDef]) -> Any:
     match node:
         case ast.Constant(value=None):
             return type(None)
@@ -228,9 +234,9 @@ def _single_type(node: ast.expr, enums: dict[str, ast.ClassDef]) -> Any:
         case ast.Name(id=name) if name in enums and string_members(enums[name]):
             return Literal[tuple(string_members(enums[name]).values())]
         case ast.Subscript(value=ast.Name(id="list"), slice=item):
-            return list[_type(item, enums)]
+            return list[annotated_type(item, enums)]
         case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[_, item])):
-            return dict[str, _type(item, enums)]
+            return dict[str, annotated_type(item, enums)]
         case ast.Subscript(value=ast.Name(id="Literal"), slice=ast.Constant(value=value)):
             return Literal[value]
     return Any
@@ -246,7 +252,7 @@ def _fields() -> dict[str, Any]:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)) or node.target.id in refused:
             continue
         name = node.target.id
-        kind = TYPES.get(name) or _type(node.annotation, enums)
+        kind = TYPES.get(name) or annotated_type(node.annotation, enums)
         bounds = RANGES.get(name)
         if bounds is None and {int, float} & ({kind} | set(getattr(kind, "__args__", ()))) and kind is not bool:
             bounds = (Ge(0),)

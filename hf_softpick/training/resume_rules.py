@@ -3,6 +3,7 @@
 import fnmatch
 
 from hf_softpick.training.recipe_record import Settings
+from hf_softpick.training.recipe_scheduler import ADAPTIVE
 
 APPLIES, REFUSED, REPLICATED = "takes effect", "refused", "refused under DeepSpeed"
 
@@ -78,7 +79,6 @@ SCHEDULE = {
     f"training.{name}" for name in ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 }
 OPTIMIZER = {f"training.{name}" for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
-_ADAPTIVE = ("reduce_lr_on_plateau", "greedy")
 
 
 def rule(name: str) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def refused(changes: dict, old: Settings, new: Settings, strategy: str | None = 
         meaning, why = rule(name)
         if meaning == REFUSED or (meaning == REPLICATED and (strategy or "").startswith("zero")):
             found[name] = why
-    adaptive = next((s for each in (old, new) if (s := each["training.lr_scheduler_type"]) in _ADAPTIVE), None)
+    adaptive = next((s for each in (old, new) if (s := each["training.lr_scheduler_type"]) in ADAPTIVE), None)
     if adaptive is not None:
         found.update({name: f"the state of {adaptive} is the learning rate" for name in SCHEDULE & changes.keys()})
     return found

@@ -131,6 +131,28 @@ def test_overrides(small, override, section, name, value):
         assert found == value
 
 
+def test_null_takes_away_what_the_file_says(small):
+    """Where null is a value of its own, it stays one."""
+    overrides = ["training.max_steps=null", "training.num_train_epochs=1", "training.save_total_limit=null"]
+    recipe = load_recipe(small, [*overrides, "eval.every=3", "eval.every="])
+    assert "max_steps" not in recipe.training.arguments and recipe.training.arguments["num_train_epochs"] == 1
+    assert recipe.training.arguments["save_total_limit"] is None
+    assert recipe.eval.every == 0
+
+
+def test_the_home_folder(small, monkeypatch):
+    """`~/x` used to make a folder called `~`."""
+    monkeypatch.setenv("HOME", "/people/me")
+    recipe = load_recipe(small, ["run.root=~/x", "training.deepspeed=~/zero3.json"])
+    assert recipe.run.directory == Path("/people/me/x/small")
+    assert recipe.training.arguments["deepspeed"] == "/people/me/zero3.json"
+
+
+def test_nothing_is_measured_on_the_way_unless_asked(small):
+    evaluation = load_recipe(small).eval
+    assert (evaluation.every, evaluation.generate_every, evaluation.statistics) == (0, 0, 0)
+
+
 def test_overrides_make_sections_and_apply_in_order(small):
     recipe = load_recipe(small, ["eval.every=3", "eval.every=4", "model.rope_parameters.rope_theta=5e5"])
     assert recipe.eval.every == 4

@@ -214,10 +214,25 @@ def test_overrides_are_named(message):
         ("training.max_steps=123456789012345678901234567890", "beyond 64-bit integers"),
         ("training.max_steps=" + "9" * 5000, "beyond 64-bit integers"),
         ("training=" + "[" * 1200, "not valid YAML"),
+        (f"training.seed={2**63}", "beyond 64-bit integers"),
+        (f"training.seed={2**63 - 1}", "expected an integer >= 0 and < 4294967296"),
+        ("training.max_steps=", "say how long to train by one of max_steps and num_train_epochs"),
+        ("data.seq_len=null", "data.seq_len is missing, expected an integer >= 8"),
+        ("run.root=~nobody-of-that-name/x", "home folder of a user who does not exist"),
     ],
 )
 def test_what_is_refused(message, override, expected):
     assert expected in message(override)
+
+
+def test_a_name_where_a_list_has_places(message):
+    sources = {"old": "{seq_len: 64}", "new": "{seq_len: 64, sources: [{path: stdlib}]}"}
+    assert "data.sources.first is not there" in message("data.sources.first.path=x", **sources)
+    assert "data.sources has no item 'first'" in message("data.sources.first=x", **sources)
+
+
+def test_two_precisions(message):
+    assert "training.fp16 is true beside training.bf16" in message("training.bf16=true", "training.fp16=true")
 
 
 def test_full_determinism_is_not_for_the_fast_kernels(message):

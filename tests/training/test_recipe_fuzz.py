@@ -56,6 +56,6 @@ def test_odd_values(path, value):
         else:
             json.dumps(recipe.resolved(), allow_nan=False)
             accepted += 1
-    # Not vacuous: something is wrong with each odd value somewhere, and most of the fields were reached.
-    assert refused > 30
+    # Not vacuous: something is wrong with each odd value somewhere, and most of the fields were reached. Null unsets.
+    assert refused > (20 if value == "null" else 30)
     assert refused + accepted > 140
