@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 from training_runs import environment, make_trainer
 
-from hf_softpick.errors import CheckpointError
+from hf_softpick.errors import CheckpointError, StorageError
 from hf_softpick.training import checkpointing
 
 
@@ -116,8 +117,10 @@ def test_no_checkpoint_at_all_means_a_fresh_start(tmp_path):
 
 def test_rotation_keeps_two(tmp_path):
     """One would leave nothing to fall back to."""
-    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer.train()
     assert checkpointing.steps(tmp_path / "checkpoints") == [4, 3]
+    assert trainer._get_output_dir() == str(tmp_path / "checkpoints")  # and no staging folder any more
 
 
 DISK_FULL = """
@@ -158,6 +161,29 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, limit):
     root = tmp_path / "checkpoints"
     assert checkpointing.find_newest(root) == root / "checkpoint-2"
     assert sorted(path.name for path in root.iterdir()) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device"), StorageError),
+        (SafetensorError("I/O error"), StorageError),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), StorageError),
+        (Exception("File too large (os error 27)"), StorageError),  # tokenizers
+        (RuntimeError("CUDA error: out of memory"), RuntimeError),
+        (KeyError("a bug"), KeyError),
+    ],
+)
+def test_a_failed_save_is_what_it_is(tmp_path, error, expected):
+    """A full disk is exit code 6; anything else is a fault of ours, and must not look like one."""
+
+    def save(*_):
+        raise error
+
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(expected, match=None if expected is StorageError else str(error.args[0])) as caught:
+        trainer._together(save, 7)
+    assert (caught.value is error) == (expected is not StorageError)
 
 
 def test_manifest_is_written_last(saved):

@@ -34,6 +34,18 @@ def test_loss_is_the_mean_over_tokens_for_every_batch_size(tmp_path, batch_size)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+def test_the_last_evaluation_is_made_once(tmp_path):
+    """Also of a run of one step, and not again when training has just made it."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    metrics = trainer.final_evaluation()
+    assert metrics["eval_loss"] == pytest.approx(_by_hand(trainer.model.eval(), make_rows(13))[0], abs=1e-6)
+    assert trainer.final_evaluation() == metrics
+    assert sum("eval_loss" in record for record in trainer.state.log_history) == 1
+    trainer.eval_dataset = None
+    assert trainer.final_evaluation() == {}
+
+
 def test_rows_without_targets_weigh_nothing(tmp_path):
     """A batch of padding has loss 0/0."""
     trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)

@@ -82,7 +82,10 @@ def test_a_damaged_final_is_written_again_without_a_step(again, finished, damage
     run, call = again
     whole, trained = (run / "final" / "model.safetensors").read_bytes(), losses(run)
     DAMAGE[damage](run / "final")
+    (run / ".final-staging").mkdir()
+    (run / ".final-staging" / "optimizer.pt").write_text("of a crash")
     assert call() == 0
+    assert not (run / "final" / "optimizer.pt").exists()
     assert "is damaged" in capsys.readouterr().out
     assert (run / "final" / "model.safetensors").read_bytes() == whole
     assert losses(run) == trained and max(record["step"] for record in records(run)) == 5

@@ -1,13 +1,15 @@
 """What a run says of itself while it trains: numbers, files, reporters."""
 
+import copy
 import json
 import math
 import time
 
 import pytest
 import torch
-from training_runs import SEQ_LEN, make_trainer, records
+from training_runs import SEQ_LEN, make_rows, make_trainer, records
 
+from hf_softpick.data.collating import PackedCollator
 from hf_softpick.files import plain
 from hf_softpick.training import flops
 from hf_softpick.training.callbacks import line
@@ -40,9 +42,47 @@ def test_every_log_line_has_what_a_person_asks_for(logged):
     assert lines[-1]["eta_seconds"] == 0.0 < lines[0]["eta_seconds"]
     for record in lines:
         assert record["tokens_per_second"] > 0 and record["memory_gib"] > 0.1 and record["grad_norm"] > 0
+        left = (4 - record["step"]) * 8 * SEQ_LEN
+        assert record["eta_seconds"] * record["tokens_per_second"] == pytest.approx(left)
         expected = record["tokens_per_second"] * trainer.flops_per_token / 1e12
         assert record["mfu"] == pytest.approx(expected)
     assert sum("eval_loss" in record for record in records(folder)) == 2
+
+
+def test_logged_losses_are_those_of_a_plain_loop(tmp_path):
+    """Gradient descent written out: every other test compares one run of ours with another."""
+    rows, rate = make_rows(32), 0.5
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=2,
+        optim="sgd",
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+    )
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    model, losses = copy.deepcopy(trainer.model).train(), []
+    for step in range(4):
+        batch = PackedCollator()(rows[8 * step : 8 * step + 8])
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= rate * parameter.grad
+    trainer.train()
+    logged = records(tmp_path)
+    expected = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
+    assert [record["loss"] for record in logged if "loss" in record] == pytest.approx(expected, abs=1e-5)
+    assert [record["train_loss"] for record in logged if "train_loss" in record] == pytest.approx(
+        [sum(losses) / 4], abs=1e-5
+    )
+    assert abs(losses[0] - losses[3]) > 0.01
 
 
 def test_reporters_work_offline(logged):
