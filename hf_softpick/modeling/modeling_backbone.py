@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -32,7 +32,7 @@ from .attention_masks import VisibleKeys, check_padding, document_starts, read_b
 from .attention_softpick import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
 from .attention_triton import TRITON, refuse
 from .configuration_softpick import SoftpickConfig
-from .normalizers import NORMALIZERS
+from .normalizers import NORMALIZERS, base_normalizer
 
 INITIAL_HEAD_SCALE = 0.3
 _CODE_FILES = (
@@ -72,7 +72,7 @@ class SoftpickAttention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: "SoftpickMask",
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden] and the weights [B, H, T, S], or None where they are not computed."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -141,8 +141,16 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
     config_class = SoftpickConfig
     config: SoftpickConfig
     _no_split_modules = ["SoftpickDecoderLayer"]
-    _keep_in_fp32_modules_strict = {"head_scale"}
     _can_record_outputs = {"hidden_states": SoftpickDecoderLayer, "attentions": SoftpickAttention}
+    # What transformers and engines ask the class: those attentions compute softmax, which the default is not.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
+
+    def __init__(self, config: SoftpickConfig):
+        softmax = base_normalizer(config.normalizer) == "softmax"
+        self._supports_sdpa = self._supports_flash_attn = self._supports_flex_attn = softmax
+        self._supports_attention_backend = softmax
+        self._keep_in_fp32_modules_strict = {"head_scale"} if config.normalizer.startswith("scaled_") else set()
+        PreTrainedModel.__init__(self, config)  # Llama's classes, next in line, would build their own layers
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -197,7 +205,7 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
 
 
 def _refuse_foreign(normalizer: str, implementation: str) -> None:
-    if normalizer.removeprefix("scaled_") != "softmax":
+    if base_normalizer(normalizer) != "softmax":
         raise ValueError(
             f"the normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}: it is not one of "
             f"{', '.join(map(repr, IMPLEMENTATIONS))}, and transformers' own attention computes softmax."

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,22 @@ def test_sdpa_is_for_softmax(tmp_path, normalizer):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     assert loaded.config._attn_implementation == "sdpa"
     close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_what_the_model_says_it_supports_is_true(normalizer):
+    """Continuous batching switches to flash attention where it is said to be supported; vLLM asks the class."""
+    flags = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    for model in (tiny_model(normalizer), tiny_model(normalizer).model):
+        assert {getattr(model, flag) for flag in flags} == {
+            normalizer.endswith("softmax") and "rect" not in normalizer
+        }
+        # A name without a parameter is a warning, and an error in some quantizers.
+        scaled = any("head_scale" in name for name, _ in model.named_parameters())
+        assert model._keep_in_fp32_modules_strict == ({"head_scale"} if scaled else set())
+    assert not any(getattr(SoftpickForCausalLM, flag) for flag in flags) and not SoftpickModel.is_backend_compatible()
+    hints = typing.get_type_hints(SoftpickModel.forward, include_extras=True)
+    assert "output_attentions" in typing.get_args(hints["kwargs"])[0].__annotations__
 
 
 @pytest.mark.parametrize("name", ["softmax", "rectified_softmax", "scaled_softpick"])
