@@ -120,3 +120,8 @@ def _tell_peft(constants: object) -> None:
     for name, mapping in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
             mapping.setdefault("softpick", mapping["llama"])
+
+
+@wrapt.when_imported("peft.peft_model")
+def _watch_adapters(peft_model: object) -> None:
+    importlib.import_module(".modeling.attention_guard", __name__).watch_adapters(peft_model)

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .attention_softpick import register_attention
 from .normalizers import NORMALIZERS
+
+logger = logging.get_logger(__name__)
 
 OURS, SEALED = "softpick", "softpick_sealed"
 GUARDED = tuple(name for name in NORMALIZERS if name != "softmax" and not name.startswith("scaled_"))
@@ -32,13 +35,11 @@ def marked(config: PreTrainedConfig) -> str | None:
     return name if name in GUARDED and config.model_type != OURS else None
 
 
-def mark(config: PreTrainedConfig, normalizer: str | None) -> None:
-    """Say for which normalizer the weights are from now on: one of GUARDED, or None for softmax."""
+def unmark(config: PreTrainedConfig) -> None:
+    """Let the weights be trained on with softmax, or whatever else runs them."""
     for part in _parts(config):
         if marked(part):
             del part.normalizer
-    if normalizer is not None:
-        config.get_text_config().normalizer = normalizer
 
 
 def seal(config: PreTrainedConfig, saved: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +82,11 @@ def install() -> None:
     _hook(PreTrainedModel, "get_correct_attn_implementation", _choose)
 
 
+def watch_adapters(peft_model: Any) -> None:
+    """Hook the module `peft.peft_model`: an adapter that is saved alone names its base, which may be anybody's."""
+    _hook(peft_model.PeftModel, "save_pretrained", _warn)
+
+
 class SealedConfig(PreTrainedConfig):
     """What auto_map of a sealed config.json names; loads as the configuration inside."""
 
@@ -112,16 +118,22 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _name_parts(config: PreTrainedConfig, saved: dict[str, Any]) -> set[str]:
     """Write into `saved` which part runs which normalizer; the names of all."""
-    if config.model_type == OURS:
-        return set()
-    name, names = marked(config) or config._attn_implementation, set()
-    if name in GUARDED:
+    name, names = marked(config) or _computes(config._attn_implementation), set()
+    if name is not None and config.model_type != OURS:
         saved["normalizer"] = name
         names.add(name)
     for key in config.sub_configs:
         if isinstance(part := getattr(config, key, None), PreTrainedConfig) and isinstance(saved.get(key), dict):
             names |= _name_parts(part, saved[key])
     return names
+
+
+def _computes(attention: Any) -> str | None:
+    """The normalizer that an attn_implementation stands for, if another model than ours may run it; the kernel on the
+    Hub has it in its repository's name."""
+    if attention in GUARDED:
+        return attention
+    return "softpick" if isinstance(attention, str) and "/" in attention and "softpick" in attention else None
 
 
 def _hook(owner: type, name: str, around: Callable) -> None:
@@ -153,15 +165,27 @@ def _read(original: Callable, cls: type, json_file: str | os.PathLike) -> dict[s
     return unseal(original(cls, json_file))
 
 
+def _warn(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    config = getattr(model.get_base_model(), "config", None)
+    parts = _parts(config) if isinstance(config, PreTrainedConfig) and config.model_type != OURS else ()
+    if any(_computes(part._attn_implementation) and not marked(part) for part in parts):
+        logger.warning(
+            "These adapters were trained with another attention than softmax, over weights that do not say so: loaded "
+            "beside them, they run as softmax. Save the base model first (base.save_pretrained(FOLDER)), load it from "
+            "there and adapt that, or save merge_and_unload()."
+        )
+    return original(model, *args, **kwargs)
+
+
 def _choose(original: Callable, model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any):
     name = marked(model.config)
-    if name is not None and attn_implementation not in (None, name):
+    if name is not None and attn_implementation is not None and _computes(attn_implementation) != name:
         raise ValueError(
             f"{type(model).__name__} cannot run with attn_implementation={attn_implementation!r}: these weights were "
             f"trained with {name!r}, and it computes softmax. Leave it out. To train them on with softmax, load the "
             "configuration first, `del config.normalizer`, and pass it as config=..."
         )
-    return original(model, name or attn_implementation, *args, **kwargs)
+    return original(model, attn_implementation or name, *args, **kwargs)
 
 
-__all__ = ["SealedConfig", "install", "mark", "marked"]
+__all__ = ["SealedConfig", "install", "marked", "unmark", "unseal", "watch_adapters"]

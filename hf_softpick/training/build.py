@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from hf_softpick.conversion.settings import read_settings
 from hf_softpick.data.settings import DataSettings
 from hf_softpick.errors import CheckpointError, RecipeError
-from hf_softpick.modeling.attention_guard import mark
+from hf_softpick.modeling.attention_guard import unmark
 from hf_softpick.modeling.attention_triton import TRITON, refuse
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
@@ -112,7 +112,7 @@ def _continued(
     if is_foreign(config) and settings.normalizer != "softmax":
         config = _as_ours(settings) or config
     if is_foreign(config):
-        mark(config, None)  # whatever the source was trained with
+        unmark(config)  # whatever the source was trained with
         implementation = foreign_attention(settings)
     else:
         config.normalizer = settings.normalizer

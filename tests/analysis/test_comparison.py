@@ -12,6 +12,7 @@ from hf_softpick.analysis.comparison import gather, mismatch
 from hf_softpick.analysis.run_records import curves, gather_run, number
 from hf_softpick.errors import CheckpointError, DataError, RecipeError
 from hf_softpick.files import plain
+from hf_softpick.modeling.attention_guard import SEALED
 
 
 def test_a_pair_that_differs_in_the_normalizer_alone(tmp_path):
@@ -130,6 +131,16 @@ def test_models_without_a_run_have_no_curves_and_unknown_recipes(tmp_path, monke
     name = found["runs"][1]["name"]
     write(tmp_path / f"report/{name}/statistics.json", statistics("elsewhere", "softpick", 0.0, 3.0, 9.0, 0.4))
     assert "another model" in gather(sources)["warnings"][1]
+
+
+def test_a_sealed_model_is_looked_into(tmp_path):
+    """Another architecture, as modeling/attention_guard.py saves it."""
+    run = write_run(tmp_path, "a", "softpick")
+    inside = json.loads((run / "final/config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    write(run / "final/config.json", {"model_type": "softpick_sealed", "vocab_size": "a note", SEALED: [inside]})
+    plain_run = write_run(tmp_path, "b", "softpick")
+    found, expected = gather_run(run)["model"], gather_run(plain_run)["model"]
+    assert found == expected | {"architecture": "GPT2LMHeadModel"} and found["vocab_size"] == 4096
 
 
 def test_results_are_looked_for_in_the_given_folder_first(tmp_path):

@@ -213,6 +213,20 @@ def test_scaled_rotary_embedding(tmp_path, scaling):
     assert (plain - expected).abs().max() > 0.01
 
 
+def test_a_llama_that_another_trainer_saved_under_softpick(tmp_path):
+    """Its config.json is sealed; what it was trained with is what it becomes."""
+    from transformers import LlamaForCausalLM
+
+    write(tmp_path / "plain", *llama())
+    peer = LlamaForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation="softpick")
+    peer.save_pretrained(tmp_path / "source")
+    report = convert(str(tmp_path / "source"), tmp_path / "target")
+    assert (
+        len(report["warnings"]) == 1 and report["source"]["normalizer"] == report["target"]["normalizer"] == "softpick"
+    )
+    check(SoftpickForCausalLM.from_pretrained(tmp_path / "target"), peer(TOKENS[None]).logits[0].detach().double())
+
+
 @pytest.mark.parametrize(
     ("start", "end"), [("attn", "scaled_softpick"), ("scaled_softpick_attn", "softpick")], ids=["to", "from"]
 )

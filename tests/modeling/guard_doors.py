@@ -20,6 +20,10 @@ def knock(folder: str, architecture: str, ids: Tensor, **trust: bool) -> dict[st
                 found[f"{name} {choice}"] = model(ids, use_cache=False).logits.detach()
             except Exception as error:  # transformers raises many kinds
                 found[f"{name} {choice}"] = str(error)
+    try:
+        found["config"] = getattr(transformers, architecture).config_class.from_pretrained(folder).normalizer
+    except Exception as error:
+        found["config"] = str(error)
     return found
 
 
@@ -30,6 +34,7 @@ if __name__ == "__main__":
         ids = torch.load(f"{folder}/ids.pt")
         # Without trust first: a trusted folder's code guards the whole process.
         out[folder] = [knock(folder, architecture, ids, trust_remote_code=False)]
+        assert transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("a").input_ids == [7]
     for folder, architecture in json.loads(sys.argv[1]).items():
         out[folder].append(knock(folder, architecture, torch.load(f"{folder}/ids.pt"), trust_remote_code=True))
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

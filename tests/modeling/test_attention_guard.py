@@ -1,6 +1,7 @@
 """A model that was trained with softpick runs softpick, or not at all: whoever saved it, whoever loads it, however."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,19 @@ import pytest
 import torch
 from guard_doors import knock
 from tiny_softpick import SIZES, close, tokens, without_package
+from tokenizers import Tokenizer, models
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
 
-from hf_softpick.modeling.attention_guard import SEALED, mark
+from hf_softpick.modeling.attention_guard import SEALED, unmark
 
 # Classes with other biases, norms, position codes and experts than ours; and Llama, which others save as a Llama.
 FAMILIES = {
@@ -46,20 +49,23 @@ def saved(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One folder of each family, saved by nobody in particular; `softmax.pt` is what none of them may ever compute."""
+    """One folder of each family, saved by nobody in particular, with what it must compute; softmax is far from it."""
     root = tmp_path_factory.mktemp("guard")
+    words = Tokenizer(models.WordLevel({"a": 7, "?": 0}, unk_token="?"))
     for family in FAMILIES:
         model = foreign(family)
         model.save_pretrained(root / family)
         logits = model(IDS, use_cache=False).logits.detach()
         assert (logits - foreign(family, "sdpa")(IDS, use_cache=False).logits).abs().max() > 0.05, family
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(root / family)
         torch.save(IDS, root / family / "ids.pt")
         torch.save(logits, root / family / "logits.pt")
     return root
 
 
-def check(found: dict, expected: torch.Tensor, refused: dict[str, str]) -> None:
+def check(found: dict, expected: torch.Tensor | None, refused: dict[str, str]) -> None:
     """Every door gives the right logits, or an error with the words that `refused` has for it."""
+    assert expected is None or found.pop("config") == "softpick"
     for door, result in found.items():
         words = next((words for part, words in refused.items() if part in door), None)
         if words is None:
@@ -88,10 +94,8 @@ def test_without_the_package_a_folder_is_softpick_or_an_error(folders):
         check(trusted, torch.load(Path(folder, "logits.pt")), {"sdpa": "trained with 'softpick'"})
         again = Path(f"{folder}-again")  # saved by that code
         assert saved(again) == saved(Path(folder))
-        assert {path.name for path in Path(folder).iterdir()} - {path.name for path in again.iterdir()} == {
-            "ids.pt",
-            "logits.pt",
-        }
+        code = {path.name for path in Path(folder).glob("*.py")}
+        assert "attention_guard.py" in code and {path.name for path in again.glob("*.py")} == code
 
 
 def test_nothing_in_a_sealed_folder_names_the_architecture(folders):
@@ -100,6 +104,7 @@ def test_nothing_in_a_sealed_folder_names_the_architecture(folders):
         config = saved(folders / family)
         inside = config.pop(SEALED)
         assert inside[0]["model_type"] == family and inside[0]["normalizer"] == "softpick"
+        assert config["vocab_size"] == config["transformers_weights"]  # the note; a composite has no vocabulary
         assert config["model_type"] == SEALED and config["architectures"] == [f"Softpick{architecture}"]
         assert f'"{family}"' not in json.dumps(config)
         assert AutoConfig.from_pretrained(folders / family).architectures == config["architectures"]
@@ -134,6 +139,30 @@ def test_whoever_saves_writes_the_guard(tmp_path, save):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=None)
     assert loaded.config._attn_implementation == "rectified_softmax"
     close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_saved_alone_names_a_base_that_is_guarded(tmp_path, caplog):
+    """Or a warning says what to do: nothing in adapter_config.json can make others refuse the base of somebody."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    base = foreign("llama")
+    base.save_pretrained(tmp_path / "base")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    for model, warned in ((LlamaForCausalLM.from_pretrained(tmp_path / "base"), False), (base, True)):
+        caplog.clear()
+        peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+        assert ("Save the base model first" in caplog.text) is warned
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+def test_the_kernel_on_the_hub_computes_what_it_is_named_for(folders, tmp_path):
+    """Its name is another than ours; it is fetched by the repository's name, here only looked at."""
+    model = foreign("llama")
+    model.config._attn_implementation_internal = "someone/softpick-attention"
+    model.save_pretrained(tmp_path)
+    assert saved(tmp_path)[SEALED][0]["normalizer"] == "softpick"
+    with pytest.raises(Exception, match="(?i)kernel|offline"):
+        LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="someone/softpick-attention")
 
 
 def test_trainer_resumes_from_a_sealed_checkpoint(tmp_path):
@@ -176,9 +205,9 @@ def test_folders_of_version_0_1_are_guarded_while_the_package_is_there(tmp_path)
 
 
 def test_going_back_to_softmax_is_said(folders, tmp_path):
-    """`mark(config, None)`, or `del config.normalizer` as the message says; then an ordinary folder is written."""
+    """`unmark`, or `del config.normalizer` as the message says; then an ordinary folder is written."""
     config = AutoConfig.from_pretrained(folders / "gpt_neox")
-    mark(config, None)
+    unmark(config)
     model = AutoModelForCausalLM.from_pretrained(folders / "gpt_neox", config=config, attn_implementation="sdpa")
     model.save_pretrained(tmp_path)
     assert saved(tmp_path)["model_type"] == "gpt_neox" and "normalizer" not in saved(tmp_path)
