@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.utils import logging
+from transformers.utils import is_tracing, logging
 
 from .attention_dense import dense_attention
 from .attention_masks import VisibleKeys, document_starts, visible_keys
@@ -236,10 +236,12 @@ def attention_mask_function(
 ) -> Tensor | None:
     """transformers' mask function: None for plain causal attention, else bool [B, 1, T, S]; also for plain
     attention while tracing, when transformers always asks for packed attention."""
-    if attention_mask is not None and isinstance(q_offset, int) and attention_mask.shape[-1] < q_offset + q_length:
+    # Static caches hand in a tensor, which cannot be read while tracing.
+    known = isinstance(q_offset, int) or not is_tracing(q_offset)
+    if attention_mask is not None and known and attention_mask.shape[-1] < int(q_offset) + q_length:
         raise ValueError(
             f"attention_mask covers {attention_mask.shape[-1]} tokens, but cache and input together hold "
-            f"{q_offset + q_length}. Pass a mask over all tokens so far, cached ones included."
+            f"{int(q_offset) + q_length}. Pass a mask over all tokens so far, cached ones included."
         )
     plain = mask_function is causal_mask_function and attention_mask is None and kv_offset == 0
     if plain and isinstance(q_offset, int) and (q_offset == 0 or q_length == 1) and kv_length >= q_offset + q_length:

@@ -103,8 +103,10 @@ def _running(model: PreTrainedModel, normalizer: str) -> Iterator[Tensor]:
 
 
 def _rows(model: PreTrainedModel) -> Tensor:
+    """Ordinary tokens: that of an image, for instance, asks for an image."""
     config = model.config.get_text_config(decoder=True)
-    special = {value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index", "_idx"))}
+    named = [value for key, value in config.to_dict().items() if key.endswith(("token_id", "token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     tokens = [token for token in range(min(config.vocab_size, 1000)) if token not in special]
     row = (tokens * LENGTH)[-LENGTH - 1 :]
     return torch.tensor([row[1:], [*row[1:-1], row[0]]])
@@ -116,12 +118,12 @@ def _gathered(model: PreTrainedModel) -> Iterator[None]:
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     open_ = {}
 
     def enter(module, _):
-        open_.setdefault(module, []).append(GatheredParameters(list(module.parameters(recurse=False))))
+        open_.setdefault(module, []).append(deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False))))
         open_[module][-1].__enter__()
 
     def leave(module, *_):

@@ -224,6 +224,17 @@ def test_packed_and_padded_rows_over_a_static_cache(reference):
     close(logits[1], logits_of(copy, ids[1]), atol=1e-3)
 
 
+@pytest.mark.parametrize("covered", [4, 6, 8])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_mask_over_fewer_tokens_than_were_seen_is_refused(kind, covered):
+    """It would hide the newest tokens from themselves."""
+    model, ids = foreign("llama", "softpick"), tokens(1, 9)
+    past = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=20)
+    model(ids[:, :6], past_key_values=past, use_cache=True)
+    with pytest.raises(ValueError, match=f"attention_mask covers {covered} tokens, but cache and input together hold 9"):
+        model(ids[:, 6:], attention_mask=torch.ones(1, covered), past_key_values=past, use_cache=True)
+
+
 def test_output_attentions_is_a_call_argument(reference):
     model, ids = foreign("llama", "softpick"), tokens(1, 12)
     expected = reference(model, "softpick")(ids, output_attentions=True).attentions
