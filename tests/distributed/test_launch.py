@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from launchers import accelerate, deepspeed, free_port, run_command
+from tiny_foreign import save_source
 from training_runs import REPOSITORY, environment, losses, records, write_recipe
 
 from hf_softpick.train import main
@@ -115,6 +116,20 @@ def test_zero3_equals_one_process(zero3, alone):
     _check_statistics(zero3, 2)
     launch = json.loads((zero3 / "environment.json").read_text())["launches"][0]
     assert (launch["strategy"], launch["processes"]) == ("zero3", 2)
+
+
+def test_zero3_proves_a_model_of_another_architecture(tmp_path):
+    """The proof runs before an engine gathers the weights; the run is that of one process."""
+    source = tmp_path / "source"
+    save_source(source, "gpt_neox")
+    model = {"from": str(source), "normalizer": "softpick"}
+    recipe = write_recipe(tmp_path, model=model, tokenizer={"from": str(source)})
+    steps = [recipe, "training.max_steps=2"]
+    done = run_command(*accelerate("zero3.yaml", "-m", "hf_softpick.train", *steps, "run.name=zero3", *HALF))
+    assert done.returncode == 0, done.stderr
+    assert main([*map(str, steps), "run.name=alone"]) == 0
+    sharded, whole = (losses(tmp_path / "runs" / name) for name in ("zero3", "alone"))
+    assert sharded == pytest.approx(whole, abs=1e-5) and len(whole) == 2
 
 
 def test_deepspeed_launcher_resumes_zero3(folder, zero3, alone):

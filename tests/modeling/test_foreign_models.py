@@ -231,7 +231,7 @@ def test_a_mask_over_fewer_tokens_than_were_seen_is_refused(kind, covered):
     model, ids = foreign("llama", "softpick"), tokens(1, 9)
     past = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=20)
     model(ids[:, :6], past_key_values=past, use_cache=True)
-    with pytest.raises(ValueError, match=f"attention_mask covers {covered} tokens, but cache and input together hold 9"):
+    with pytest.raises(ValueError, match=f"attention_mask covers {covered} tokens, .* together hold 9"):
         model(ids[:, 6:], attention_mask=torch.ones(1, covered), past_key_values=past, use_cache=True)
 
 

@@ -1,7 +1,12 @@
 """Tiny models of transformers' families: as they are trained by others, and as no normalizer of ours can run them."""
 
+from pathlib import Path
+
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 SIZES = {
     "vocab_size": 64,
@@ -58,3 +63,17 @@ def foreign_model(family: str, attention: str | None = None, **changes) -> PreTr
     fixed = {"vocab_size": 64, **OTHER_NAMES[family]} if family in OTHER_NAMES else SIZES | EXTRA.get(family, {})
     config = CONFIG_MAPPING[family](**{**fixed, **changes})
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def save_source(folder: Path, family: str, **changes) -> None:
+    """A folder to go on from: `foreign_model` with the 258 tokens of `byte_tokenizer`."""
+    foreign_model(family, vocab_size=258, **changes).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer(alphabet=ALPHABET, hole: int = 0) -> PreTrainedTokenizerFast:
+    """One token a byte, then BOS and EOS, `hole` ids later."""
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<bos>"])} | {"<eos>": len(alphabet) + 1 + hole}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from tiny_foreign import foreign_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_foreign import ALPHABET, byte_tokenizer, save_source
 from training_runs import losses, write_recipe
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_softpick.data.settings import DataSettings
 from hf_softpick.errors import RecipeError
@@ -16,16 +15,6 @@ from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.train import main
 from hf_softpick.training.build import build_model
 from hf_softpick.training.recipe_model import ModelSettings
-
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def byte_tokenizer(alphabet=ALPHABET, hole: int = 0) -> PreTrainedTokenizerFast:
-    """One token a byte, then BOS and EOS, `hole` ids later."""
-    vocabulary = {token: i for i, token in enumerate([*alphabet, "<bos>"])} | {"<eos>": len(alphabet) + 1 + hole}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
 
 
 def build(folder, tokenizer=None, data=None, **fields):
@@ -43,8 +32,7 @@ def source(tmp_path_factory):
         key = (family, *changes.items())
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family.replace("-", ""))
-            foreign_model(family, vocab_size=258, **changes).save_pretrained(made[key])
-            byte_tokenizer().save_pretrained(made[key])
+            save_source(made[key], family, **changes)
         return made[key]
 
     return save
