@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hf_softpick.analysis.comparison import mismatch, undertrained
 from hf_softpick.analysis.report_figures import brief
-from hf_softpick.analysis.run_records import COMMANDS, finite, lookup, number
+from hf_softpick.analysis.run_records import command, finite, lookup, number
 
 REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not measured"
 
@@ -77,7 +77,7 @@ def _absent(kind: str, runs: list[dict[str, Any]]) -> str | None:
     """Why `kind` of these runs cannot be used, with the command that helps; None if it can."""
     for run in runs:
         if run[kind] is None:
-            return f"{run['label']} has no {kind}.json. Measure it: {COMMANDS[kind]} {run['source']}"
+            return f"{run['label']} has no {kind}.json. Measure it: {command(kind, run['source'])}"
         if kind in run["stale"]:
             return f"{run['label']}: {run['stale'][kind]}"
     if reason := mismatch(kind, runs):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from hf_softpick.analysis.comparison import mismatch, ranked_among
 from hf_softpick.analysis.report_figures import brief
-from hf_softpick.analysis.run_records import COMMANDS, finite, number
+from hf_softpick.analysis.run_records import command, finite, number
 
 
 class Cell(NamedTuple):
@@ -128,8 +128,7 @@ def missing(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
     without = [run for run in runs if run[kind] is None]
     if without:
         names = ", ".join(run["label"] for run in without)
-        sources = " ".join(run["source"] for run in without)
-        yield Text(f"Not measured: {names}. Measure with", code=f"{COMMANDS[kind]} {sources}")
+        yield Text(f"Not measured: {names}. Measure with", code=command(kind, *(run["source"] for run in without)))
 
 
 def flags(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:

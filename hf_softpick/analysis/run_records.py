@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ COMMANDS = {
 MAX_POINTS = 400
 # Of what `eval.statistics` logs while a model trains, as stats_NAME.
 WHILE_TRAINING = ("sink_rate", "first_mass", "sparsity", "kurtosis", "hidden_max", "hidden_min")
+
+
+def command(kind: str, *sources: str) -> str:
+    """What measures a kind of result of runs, ready for a shell."""
+    return f"{COMMANDS[kind]} {shlex.join(sources)}"
 
 
 def number(value: Any) -> float | None:
@@ -187,7 +193,7 @@ def _stale(kind: str, run: dict[str, Any], path: str | None) -> str | None:
     if record is None:
         return None
     measured, trained = lookup(record, "model.trained_steps"), lookup(run, "finished.step")
-    again = f"Measure again: {COMMANDS[kind]} {run['source']}"
+    again = f"Measure again: {command(kind, run['source'])}"
     if trained is not None and measured != trained:
         when = "a model of unknown step" if measured is None else f"step {measured:,}"
         return f"{kind}.json was measured on {when}, the run finished at step {trained:,}. {again}"

@@ -8,6 +8,7 @@ from comparison_cases import quantization, statistics, write, write_pair, write_
 
 from hf_softpick.analysis.claims import judge
 from hf_softpick.analysis.comparison import gather
+from hf_softpick.analysis.run_records import command
 
 SINK, REMOVED, KURTOSIS, MAXIMUM, SPARSE, QUANTIZED, LOSS = range(7)
 
@@ -214,3 +215,7 @@ def test_no_verdict_on_losses_of_different_steps(tmp_path):
     (runs[1] / "finished.json").unlink()
     row = judged(runs)[LOSS]
     assert row["verdict"] == "not measured" and "different steps" in row["detail"]
+
+
+def test_commands_are_ready_for_a_shell():
+    assert command("passkey", "runs/a b", "runs/c") == "python eval/passkey.py 'runs/a b' runs/c"
