@@ -68,6 +68,8 @@ def format_report(prepared: "PreparedData") -> str:
                 f"{report[f'{split}_tokens']:,} tokens in {report[f'{split}_rows']:,} rows of {report['seq_len']:,}, "
                 f"{report[f'{split}_padding']:.3%} padding"
             )
+    for token, count in report.get("special_tokens_in_text", {}).items():
+        lines.append(f"{'notice':<12} the special token {token!r} is {count:,} times a character of the text")
     lines += [f"{'notice':<12} {line}" for line in report["notices"]]
     lines += [f"{'commit':<12} {commit} of {path}" for path, commit in report.get("commits", {}).items()]
     seconds = ", ".join(f"{report[f'seconds_{step}']:.1f} s {step}" for step in ("tokenizer", "tokenizing", "packing"))

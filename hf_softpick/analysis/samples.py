@@ -14,8 +14,8 @@ from hf_softpick.data.packing import best_fit
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from hf_softpick.data.sources import Source, open_sources
+from hf_softpick.data.splitting import split_text
 from hf_softpick.data.tokenizer import encoder_of, sample_texts
-from hf_softpick.data.tokenizing import split_text
 from hf_softpick.errors import DataError
 
 CANDIDATE_CHARACTERS = 64 * 2**20
@@ -185,9 +185,13 @@ def _encoded(
 ) -> Iterator[_Document]:
     """Token ids of each text, without special tokens; of a long text at least the first `tokens`, if given."""
     encoder = encoder_of(tokenizer)
+
+    def encode(part: str) -> list[int]:
+        return encoder.encode(part, add_special_tokens=False).ids
+
     limit = None if tokens is None else _CHARACTERS_A_TOKEN * tokens
     for text, is_start in texts:
-        parts = [encoder.encode(part, add_special_tokens=False).ids for part in split_text(text[:limit])]
+        parts = [encode(part) for part in split_text(text[:limit], encode)]
         yield _Document(np.array(list(itertools.chain.from_iterable(parts)), np.int64), is_start)
 
 

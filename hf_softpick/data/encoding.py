@@ -10,25 +10,21 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from hf_softpick.data.tokenizer import encoder_of
 from hf_softpick.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @contextmanager
-def encoders(tokenizer: "PreTrainedTokenizerFast", num_proc: int | None) -> Iterator[tuple[Callable, int]]:
+def encoders(encoder: Any, num_proc: int | None) -> Iterator[tuple[Callable, int]]:
     """A function that takes texts and returns a future of their ids and lengths, and how many to keep under way.
 
     Args:
+        encoder: that of `encoder_of`.
         num_proc: processes; None or 1 uses the threads of `tokenizers` in this process.
     """
-    encoder = encoder_of(tokenizer)
     if num_proc is None or num_proc == 1:
         # Encoding releases the interpreter lock: a second batch fills the cores while the first is converted.
         with ThreadPoolExecutor(2) as executor:

@@ -156,8 +156,9 @@ def fill_rows(
 def hold_out(hashes: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarray:
     """Choose validation documents: those with the smallest seeded hash of their text, about `share` of all tokens.
 
-    Equal texts have equal hashes, so a duplicate is never on the other side. At least one document is held out, and at
-    least one left, where there are two different ones.
+    Equal texts have equal hashes, so a duplicate is never on the other side. At least one text is held out, and at
+    least one left, where there are two different ones. More than half as much again as the share, and more than two
+    texts of median length, are held out of no corpus: texts that would be too much are left to training.
 
     Args:
         hashes: [num_documents] uint64.
@@ -167,6 +168,24 @@ def hold_out(hashes: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarra
     Returns:
         [num_documents] bool; a text that occurs several times is marked each time.
     """
+    chosen = first_by_hash(hashes, lengths, share)
+    texts, text_of = np.unique(hashes, return_inverse=True)
+    if not chosen.any() or len(texts) < 2:
+        return chosen
+    total, sizes = lengths.sum(), np.bincount(text_of, weights=lengths)
+    median = np.sort(sizes)[(len(sizes) - 1) // 2]
+    bound = max(1.5 * share * total, min(2 * median, total / 2))
+    if lengths[chosen].sum() <= bound:
+        return chosen
+    small = np.flatnonzero(sizes <= share * total)
+    kept = small[np.cumsum(sizes[small]) <= share * total]
+    if not len(kept):
+        kept = np.flatnonzero(sizes <= bound)[:1]
+    return np.isin(text_of, kept)
+
+
+def first_by_hash(hashes: np.ndarray, lengths: np.ndarray, share: float) -> np.ndarray:
+    """What `hold_out` chooses where no text is large: the first by hash that have the share together, at least one."""
     if not share or not len(hashes):
         return np.zeros(len(hashes), bool)
     order = np.argsort(hashes, kind="stable")

@@ -14,10 +14,11 @@ import numpy as np
 from hf_softpick.data.cache import build_once, cache_root, fingerprint, read_manifest
 from hf_softpick.data.contents import Contents
 from hf_softpick.data.identity import FORMAT, asked_for, content_of, identity_of, older_name
-from hf_softpick.data.packing import RowPlan, hold_out, plan_rows
+from hf_softpick.data.packing import RowPlan, first_by_hash, hold_out, plan_rows
 from hf_softpick.data.redaction import redact, redacted_errors
 from hf_softpick.data.settings import DataSettings, TokenizerSettings
 from hf_softpick.data.sources import Source, SourceGone, open_sources
+from hf_softpick.data.special_tokens import was_forgeable
 from hf_softpick.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from hf_softpick.data.tokenizing import TokenizedCorpus, tokenize
 from hf_softpick.errors import DataError
@@ -42,7 +43,7 @@ class PreparedData:
     content: str
     """Identity of the rows and of what their ids mean: the same wherever the sources and the cache lie."""
     older_name: str | None = None
-    """What format 2 would call the cache folder of today's sources."""
+    """What format 2 would call the cache folder of today's sources, None where it would make other rows of them."""
 
     def matches(self, recorded: str) -> bool:
         """Whether `recorded`, a `content` or the name of an older version's cache folder, stands for the same rows.
@@ -132,7 +133,11 @@ def _build(
             f"Check the sources {[source.settings.path for source in sources]} and their text_column and weight."
         )
     after_tokenizing = time.perf_counter()
-    is_validation = hold_out(corpus.hashes, corpus.lengths, data.validation)
+    chosen_by = (corpus.hashes, corpus.lengths, data.validation)
+    is_validation = hold_out(*chosen_by)
+    as_format_2 = bool(
+        not corpus.num_split and (is_validation == first_by_hash(*chosen_by)).all() and not was_forgeable(tokenizer)
+    )
     if is_validation.all():
         raise DataError(
             f"data.validation={data.validation} leaves nothing to train on: there are {len(is_validation)} usable "
@@ -149,6 +154,7 @@ def _build(
         "max_token_id": corpus.max_token_id,
         "documents": corpus.documents,
         "dropped": corpus.dropped,
+        "special_tokens_in_text": {tokenizer.convert_ids_to_tokens(i): count for i, count in corpus.special.items()},
         "megabytes": round(corpus.num_bytes / 1e6, 3),
         "tokens": int(corpus.lengths.sum()),
         "train_documents": int((~is_validation).sum()),
@@ -158,7 +164,7 @@ def _build(
         "seconds_tokenizing": round(after_tokenizing - after_tokenizer, 3),
         "seconds_packing": round(time.perf_counter() - after_tokenizing, 3),
     }
-    return {"format": FORMAT, "report": report, "content": content_of(staging)}
+    return {"format": FORMAT, "report": report, "content": content_of(staging), "as_format_2": as_format_2}
 
 
 def _plan(corpus: TokenizedCorpus, chosen: np.ndarray, data: DataSettings, repeat: bool) -> RowPlan:
@@ -222,7 +228,7 @@ def _load(
         directory=directory,
         report=report | {"from_cache": not is_new} | seen,
         content=manifest["content"],
-        older_name=older_name,
+        older_name=older_name if manifest.get("as_format_2") else None,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_softpick.data.settings import TokenizerSettings
 from hf_softpick.data.sources import Source
+from hf_softpick.data.special_tokens import hide_special_tokens
 from hf_softpick.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 SAMPLE_BYTES = 64 * 2**20
 """Text on which a BPE is trained at most: more costs minutes and moves no merge that matters."""
+_PROBES = ("Hello world", "It's 1234.5 %", "Grüße, 你好 🙂", "def f(x):\n    return  x", " a", "<b>")
 _LONGEST_WORD = 256
 """Bytes. Training takes the square of a word's length: longer runs without a break are learned from in pieces."""
 
@@ -95,17 +97,21 @@ def load_tokenizer(settings: TokenizerSettings) -> "PreTrainedTokenizerFast":
             f"{place} has no fast form (tokenizer.json). Convert it with transformers and give that folder."
         )
     _check_special_tokens(place, tokenizer, settings)
+    _check_own_ids(place, tokenizer)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= len(tokenizer):
+        raise DataError(
+            f"{place} has {len(tokenizer)} tokens, but ids up to {largest}: there are holes, and a model with one row "
+            "for each token would have none for the last ids. Number its tokens without holes."
+        )
     return tokenizer
 
 
 def encoder_of(tokenizer: "PreTrainedTokenizerFast") -> Any:
-    """A `tokenizers.Tokenizer` for corpora: no special tokens of its own, nothing truncated, nothing padded.
-
-    Text that spells a special token, such as "</s>" on a web page, is encoded as text: no document forges a boundary.
-    """
+    """A `tokenizers.Tokenizer` for corpora: no special tokens, neither its own nor spelled; nothing cut or padded."""
     from tokenizers import Tokenizer
 
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder = Tokenizer.from_str(hide_special_tokens(tokenizer))
     encoder.no_truncation()
     encoder.no_padding()
     encoder.encode_special_tokens = True
@@ -145,6 +151,36 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
 def _prompt_is_right(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings) -> bool:
     bare = tokenizer("a b", add_special_tokens=False).input_ids
     return tokenizer("a b").input_ids == ([tokenizer.bos_token_id] if settings.add_bos else []) + bare
+
+
+def _check_own_ids(place: str, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """A tokenizer that was made of a .model file alone must give the ids that SentencePiece itself gives.
+
+    Transformers guesses what other files would say, and loses the space in front of a text, or several in a row.
+    """
+    model = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if not model.is_file() or model.suffix == ".json" or model.with_name("tokenizer.json").is_file():
+        return
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        own = SentencePieceProcessor(model_file=str(model))
+    except ImportError:
+        reason = "without the package sentencepiece nobody can tell whether its ids are right"
+    except (OSError, RuntimeError):
+        return  # a vocabulary of another kind, such as vocab.txt
+    else:
+        wrong = next((t for t in _PROBES if own.encode(t) != tokenizer(t, add_special_tokens=False).input_ids), None)
+        if wrong is None:
+            return
+        reason = (
+            f"{wrong!r} would be {tokenizer(wrong, add_special_tokens=False).input_ids}, but its own ids are "
+            f"{own.encode(wrong)}"
+        )
+    raise DataError(
+        f"{place} holds {model.name} and no tokenizer.json: {reason}. Give a folder with the tokenizer.json of its "
+        "authors."
+    )
 
 
 def _check_special_tokens(place: str, tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings) -> None:

@@ -5,7 +5,7 @@ Batches of texts are encoded by encoding.py; here documents become batches, and 
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,14 +17,15 @@ import numpy as np
 from hf_softpick.data.encoding import encoders
 from hf_softpick.data.settings import TokenizerSettings
 from hf_softpick.data.sources import Source
+from hf_softpick.data.special_tokens import special_ids
+from hf_softpick.data.splitting import split_text
+from hf_softpick.data.tokenizer import encoder_of
 from hf_softpick.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BATCH_CHARACTERS = 2**21
-PIECE_CHARACTERS = 2**20
-"""A longer document is encoded in pieces that end at a line, else at a space: an encoding takes 100 times its text."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class TokenizedCorpus:
     num_bytes: int
     """UTF-8 bytes of the documents kept."""
     max_token_id: int
+    special: dict[int, int]
+    """Special id to how often text has it, where one character is a special token."""
+    num_split: int
+    """Documents encoded in pieces."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -81,10 +86,11 @@ def tokenize(
     Raises:
         DataError: a document cannot be read, or got an id that the tokenizer does not count; names the document.
     """
+    encoder = encoder_of(tokenizer)
     writer = _Writer(path, tokenizer, settings)
-    documents = _Documents(sources, seed)
+    documents = _Documents(sources, seed, lambda text: encoder.encode(text, add_special_tokens=False).ids)
     bar = _progress_bar(sources, progress)
-    with path.open("wb") as file, encoders(tokenizer, num_proc) as (submit, lookahead), bar:
+    with path.open("wb") as file, encoders(encoder, num_proc) as (submit, lookahead), bar:
         pending: deque[tuple[list[_Piece], Future]] = deque()
 
         def finish() -> None:
@@ -110,16 +116,18 @@ def tokenize(
         dropped={reason: count for reason, count in sorted(dropped.items()) if count},
         num_bytes=documents.num_bytes,
         max_token_id=writer.max_token_id,
+        special={int(i): int(writer.special_counts[i]) for i in np.flatnonzero(writer.special_counts)},
+        num_split=documents.num_split,
     )
 
 
 class _Documents:
     """The usable documents of all sources in order, as pieces; counts what it drops, remembers what it yields."""
 
-    def __init__(self, sources: Sequence[Source], seed: int):
-        self.sources = sources
+    def __init__(self, sources: Sequence[Source], seed: int, encode: Callable[[str], list[int]]):
+        self.sources, self.encode = sources, encode
         self.key = str(seed).encode()
-        self.num_read = self.num_bytes = 0
+        self.num_read = self.num_bytes = self.num_split = 0
         self.position = 0  # bytes of shards read, as their sizes estimate them
         self.dropped: Counter[str] = Counter()
         self.copies = array("q")
@@ -144,7 +152,10 @@ class _Documents:
                     taken += 1
                     place = f"{shard.label}:{record.number}"
                     if self._remember(text, f"{index}:{taken}", source.settings.weight):
-                        yield from _pieces(text, place)
+                        *firsts, last = split_text(text, self.encode)
+                        self.num_split += bool(firsts)
+                        yield from (_Piece(piece, "") for piece in firsts)
+                        yield _Piece(last, place)
                     if taken >= limit:
                         break
                 self.position = end_of_shard
@@ -173,6 +184,9 @@ class _Writer:
         self.max_token_id = max(*special[0], *special[1], 0, 0)
         self.dtype = np.dtype(np.uint16 if max(self.vocab_size, self.max_token_id) <= 2**16 else np.uint32)
         self.bos, self.eos = (np.array(token_id, self.dtype) for token_id in special)
+        self.special = np.zeros(self.vocab_size, bool)
+        self.special[[token_id for token_id in special_ids(tokenizer) if token_id < self.vocab_size]] = True
+        self.special_counts = np.zeros(self.vocab_size, np.int64)
         self.lengths, self.has_tokens = array("q"), array("B")
         self.length = 0
 
@@ -208,27 +222,9 @@ class _Writer:
                 f"{place}: token id {self.max_token_id}, but the tokenizer counts {self.vocab_size} tokens, and so "
                 "would the model. Its tokenizer.json has holes or belongs to another vocabulary; use a matching one."
             )
-
-
-def split_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut `text` into pieces of at most `limit` characters, after a line end if there is one, else before a space."""
-    begin = 0
-    while len(text) - begin > limit:
-        end = text.rfind("\n", begin + 1, begin + limit) + 1 or text.rfind(" ", begin + 1, begin + limit)
-        end = end if end > begin else begin + limit
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
-
-
-def _pieces(text: str, place: str) -> Iterator[_Piece]:
-    if len(text) <= PIECE_CHARACTERS:
-        yield _Piece(text, place)
-        return
-    *firsts, last = split_text(text)
-    for piece in firsts:
-        yield _Piece(piece, "")
-    yield _Piece(last, place)
+        spelled = ids[self.special[ids]]
+        if len(spelled):
+            self.special_counts += np.bincount(spelled, minlength=self.vocab_size)
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:

@@ -140,3 +140,19 @@ def test_held_out_share_is_in_tokens():
     held = hold_out(hashes, lengths, 0.02)
     assert lengths[held].sum() / lengths.sum() == pytest.approx(0.02, abs=0.001)
     assert not hold_out(hashes, lengths, 0.0).any()
+
+
+@pytest.mark.parametrize("lengths", [[100_000, 50, 60, 70, 80], [90_000] * 2 + [10] * 50, [40, 60]])
+def test_large_text_is_not_held_out(lengths):
+    """Whatever its hash: an epoch would be trained on four notes, or on nothing but notes."""
+    lengths = np.array(lengths)
+    for seed in range(30):
+        hashes = np.random.default_rng(seed).integers(0, 2**63, len(lengths), np.int64).astype(np.uint64)
+        held = hold_out(hashes, lengths, 0.02)
+        assert 0 < lengths[held].sum() <= max(0.03 * lengths.sum(), lengths.min())
+
+
+def test_text_that_is_most_of_the_corpus_by_repetition_is_not_held_out():
+    hashes = np.array([1] * 900 + list(range(2, 102)), np.uint64)
+    held = hold_out(hashes, np.full(1000, 10), 0.02)
+    assert held.sum() == 20 and not held[:900].any()

@@ -4,15 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from hf_softpick.data import tokenizing
 from hf_softpick.data.settings import SourceSettings, TokenizerSettings
 from hf_softpick.data.sources import open_sources
 from hf_softpick.data.tokenizer import train_tokenizer
-from hf_softpick.data.tokenizing import split_text, tokenize
+from hf_softpick.data.tokenizing import tokenize
 from hf_softpick.errors import DataError
 
 TEXTS = [f"document {number}: the quick brown fox, ümlaut\n" * (number % 7 + 1) for number in range(120)]
@@ -61,16 +62,14 @@ def test_special_tokens_once_a_document(source, tokenizer, tmp_path, add_bos, ad
     assert corpus.num_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_small_batches_and_pieces_change_nothing_but_the_cuts(source, tokenizer, tmp_path, monkeypatch):
+def test_small_batches_and_pieces_change_nothing(source, tokenizer, tmp_path, monkeypatch):
     """A document may span pieces and batches; it still gets one BOS and one EOS."""
     whole = documents(run([source], tokenizer, tmp_path))
     monkeypatch.setattr(tokenizing, "BATCH_CHARACTERS", 100)
     assert documents(run([source], tokenizer, tmp_path)) == whole
-    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 60)
     monkeypatch.setattr(tokenizing.split_text, "__defaults__", (60,))
-    cut = documents(run([source], tokenizer, tmp_path))
-    assert [tokenizer.decode(ids) for ids in cut] == [f"<bos>{text}<eos>" for text in TEXTS]
-    assert all(ids.count(0) == ids.count(1) == 1 for ids in cut)
+    corpus = run([source], tokenizer, tmp_path)
+    assert documents(corpus) == whole and corpus.num_split > 50
 
 
 def test_processes_give_what_threads_give(source, tokenizer, tmp_path, monkeypatch):
@@ -122,17 +121,13 @@ def test_id_beyond_the_vocabulary_is_refused_with_the_document(source, tokenizer
         run([source], tokenizer, tmp_path)
 
 
-@given(text=st.text(alphabet="ab \n", max_size=300), limit=st.integers(1, 50))
-def test_pieces_are_the_text(text, limit):
-    pieces = list(split_text(text, limit))
-    assert "".join(pieces) == text
-    assert all(len(piece) <= limit for piece in pieces)
-    assert all(pieces) or not text
-
-
-def test_pieces_end_at_lines():
-    assert list(split_text("aaa\nbbb\nccc ddd", 9)) == ["aaa\nbbb\n", "ccc ddd"]
-    assert list(split_text("aaa bbb ccc", 6)) == ["aaa", " bbb", " ccc"]
+def test_special_token_of_one_character_is_counted(tmp_path):
+    """A line end must be encoded, even where somebody made it the end of a document."""
+    backend = Tokenizer(models.WordLevel({"\n": 0, "a": 1, "<s>": 2}, unk_token="a"))
+    backend.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="\n")
+    corpus = run([SourceSettings(path=str(write(tmp_path / "b.jsonl", ["a\naa\n", "a"])))], tokenizer, tmp_path)
+    assert documents(corpus) == [[2, 1, 0, 1, 1, 0, 0], [2, 1, 0]] and corpus.special == {0: 2}
 
 
 def test_hashes_follow_text_and_seed(source, tokenizer, tmp_path):
