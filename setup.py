@@ -45,6 +45,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",
+        "sentencepiece>=0.2",
         "setuptools>=70.1",
     ],
 }

@@ -137,6 +137,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
             pair=f"{bos} $A {bos}:1 $B:1" if bos else "$A $B:1",
             special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
         )
+    # A batch of prompts is padded on the side where nothing is generated. Training never pads by the tokenizer.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # only what is in init_kwargs is saved
     try:
         tokenizer.save_pretrained(folder)
     except (TypeError, ValueError) as error:
@@ -159,7 +161,7 @@ def _check_own_ids(place: str, tokenizer: "PreTrainedTokenizerFast") -> None:
     Transformers guesses what other files would say, and loses the space in front of a text, or several in a row.
     """
     model = Path(getattr(tokenizer, "vocab_file", None) or "")
-    if not model.is_file() or model.suffix == ".json" or model.with_name("tokenizer.json").is_file():
+    if model.suffix != ".model" or model.with_name("tokenizer.json").is_file():
         return
     try:
         from sentencepiece import SentencePieceProcessor
@@ -168,7 +170,7 @@ def _check_own_ids(place: str, tokenizer: "PreTrainedTokenizerFast") -> None:
     except ImportError:
         reason = "without the package sentencepiece nobody can tell whether its ids are right"
     except (OSError, RuntimeError):
-        return  # a vocabulary of another kind, such as vocab.txt
+        reason = "SentencePiece cannot read it, and what else it means is a guess"
     else:
         wrong = next((t for t in _PROBES if own.encode(t) != tokenizer(t, add_special_tokens=False).input_ids), None)
         if wrong is None:

@@ -1,10 +1,14 @@
 """Tokenizers trained and loaded: special tokens exactly once, whatever the tokenizer does by itself."""
 
+import io
 import json
 import shutil
+import sys
 import time
 
 import pytest
+import sentencepiece
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -12,6 +16,8 @@ from hf_softpick.data.settings import SourceSettings, TokenizerSettings
 from hf_softpick.data.sources import open_sources
 from hf_softpick.data.tokenizer import encoder_of, load_tokenizer, sample_texts, save_tokenizer, train_tokenizer
 from hf_softpick.errors import DataError
+from hf_softpick.modeling.configuration_softpick import SoftpickConfig
+from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 
 TEXT = "def f(x):\n    return x + 1  # ä 你好 🙂\n" * 20
 
@@ -126,6 +132,52 @@ def test_missing_special_token_is_refused_where_it_is_needed(tmp_path, has, lack
     with pytest.raises(DataError, match=f"no {lacks.upper()} token.*tokenizer.add_{lacks}=false"):
         load_tokenizer(TokenizerSettings(from_=folder))
     load_tokenizer(TokenizerSettings(from_=folder, **{f"add_{lacks}": False}))
+
+
+@pytest.mark.parametrize("with_json", [False, True])
+def test_sentencepiece_model_alone_must_give_its_own_ids(tmp_path, with_json, monkeypatch):
+    """Loaded by transformers alone, "Hello world" has no space in front, and other ids."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT, "Hello world It's"] * 20), model_writer=model, vocab_size=60, model_type="bpe",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    settings = TokenizerSettings(from_=str(tmp_path))
+    if with_json:
+        make_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>")
+        load_tokenizer(settings)
+        return
+    with pytest.raises(DataError, match="tokenizer.model and no tokenizer.json: 'Hello world' would be .*own ids are"):
+        load_tokenizer(settings)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(DataError, match="tokenizer.model and no tokenizer.json: without the package|cannot be loaded"):
+        load_tokenizer(settings)
+
+
+def test_hole_is_refused(tmp_path):
+    folder = make_tokenizer(tmp_path, bos_token="<s>", eos_token="</s>")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] += 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"has (\d+) tokens, but ids up to \d+: there are holes"):
+        load_tokenizer(TokenizerSettings(from_=folder))
+
+
+def test_prompts_in_a_batch_are_generated_as_alone(sources, tmp_path):
+    """A decoder-only model goes on behind its padding if that is on the right."""
+    tokenizer = saved(TokenizerSettings(train_bpe=280), tmp_path, train_tokenizer(sources, 280))
+    config = SoftpickConfig(
+        vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = SoftpickForCausalLM(config).eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
+    prompts = ["def f", "return x + 1  # "]
+    together = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), **settings)[:, -6:]
+    alone = [model.generate(**tokenizer(prompt, return_tensors="pt"), **settings)[0, -6:] for prompt in prompts]
+    assert together.tolist() == torch.stack(alone).tolist()
 
 
 def test_wrong_tokenizer_is_one_message(tmp_path):
