@@ -115,6 +115,15 @@ def test_no_checkpoint_at_all_means_a_fresh_start(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_same_step_again_replaces_the_first(root):
+    """After a resume from an older checkpoint; the new one is whole at every moment, or the old one is."""
+    staged = checkpointing.staging_directory(root, 4) / "checkpoint-4"
+    shutil.copytree(root / "checkpoint-2", staged)
+    assert checkpointing.publish(root, 4) == root / "checkpoint-4"
+    assert checkpointing.read_manifest(root / "checkpoint-4")["step"] == 2
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_rotation_keeps_two(tmp_path):
     """One would leave nothing to fall back to."""
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -330,3 +331,19 @@ def test_commits_of_the_hub_are_recorded(llama, finished, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert hub_commit(str(finished)) is None and hub_commit("me/base", "no") is None
     assert hub_commit("me/base", "f" * 40) == "f" * 40
+
+
+def test_the_end_is_on_the_disk_before_it_is_recorded(again, monkeypatch):
+    """After a power failure a record without its files would say "nothing to do"."""
+    run, call = again
+    shutil.rmtree(run / "final")
+    (run / "finished.json").unlink()
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))
+    )
+    assert call() == 0
+    staged = [str(run / ".final-staging" / path.name) for path in (run / "final").iterdir()]
+    assert len(staged) > 5 and {*staged, str(run / ".final-staging"), str(run)} <= set(synced)
+    record = next(place for place in synced if "finished.json" in place)
+    assert max(map(synced.index, staged)) < synced.index(record)
