@@ -4,12 +4,13 @@ Both give the same ids. What a batch is, and what becomes of the ids, is in toke
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,18 @@ _worker_encoder: Any = None
 def _start_worker(serialized: str) -> None:
     """Runs once in each worker process; the switch for special tokens in text is not serialized."""
     global _worker_encoder
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
     _worker_encoder = Tokenizer.from_str(serialized)
     _worker_encoder.encode_special_tokens = True
+
+
+def _leave_with_parent() -> None:
+    """A killed parent tells nobody, and its idle workers would wait for ever."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

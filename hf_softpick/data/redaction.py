@@ -13,7 +13,7 @@ SECRET = re.compile(
     r"|A[KS]IA[0-9A-Z]{16}"
     r"|sk-[\w-]{0,200}[A-Za-z0-9]{16}[\w-]*"
     r"|xox[abeprs]-[\w-]{10,})"
-    r"|://[^/\s]*:[^/\s]*@|https?://[^/\s@]+@"
+    r"|://[^/\s:]*:[^/\s]*@|https?://[^/\s@]+@"
     r"|[?&][\w-]*(?:token|key|secret|password|signature|sig|auth)=[^&\s'\"]+",
     re.IGNORECASE,
 )

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
+import psutil
 import pytest
 from datasets import Dataset
 
@@ -254,13 +255,15 @@ def test_processes_at_once_build_once(data):
 
 KILLED = """
 import sys
-from hf_softpick.data import preparing, rows
+from hf_softpick.data import preparing, rows, tokenizing
 from hf_softpick.data.settings import DataSettings, TokenizerSettings
 def stop(*args):
     print("packing", flush=True)
     import time
     time.sleep(60)
 rows.fill_rows = stop
+if sys.argv[2:]:
+    tokenizing._Writer.join = stop
 preparing.prepare_data(DataSettings.model_validate_json(sys.argv[1]), TokenizerSettings(train_bpe=280), progress=False)
 """
 
@@ -277,6 +280,17 @@ def test_killed_while_packing_leaves_nothing_that_looks_whole(data, tmp_path):
     assert time.monotonic() - begin < 30, "the lock of a killed process must not be waited for"
     assert not prepared.report["from_cache"]
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [prepared.directory]
+
+
+def test_workers_of_a_killed_preparation_leave(data):
+    data = data.model_copy(update={"num_proc": 2})
+    command = [sys.executable, "-c", KILLED, data.model_dump_json(), "while tokenizing"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "packing\n"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        process.send_signal(signal.SIGKILL)
+        assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_weights_repeat_training_documents_only(data):
