@@ -19,14 +19,14 @@ _WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "moe", "
 
 
 def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
-    """Every attention layer of `model`, loaded with attn_implementation=`normalizer`, computes it and nothing else.
+    """Every attention layer of `model`, loaded with the attn_implementation of that name, computes `normalizer` alone.
 
     Runs two short batches, and leaves mode, gradients and random state as they were. Under ZeRO-3 every rank calls it.
 
     Raises:
         ValueError: a layer runs an attention of its own, a later token is seen, or nothing would differ from softmax.
     """
-    calls, other = [], _OtherAttention()
+    calls, other, config = [], _OtherAttention(), model.config.get_text_config(decoder=True)
 
     def recorded(module, *args, **kwargs):
         calls.append(module)
@@ -34,12 +34,12 @@ def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
             return attention_forward(module, *args, **kwargs | {"normalizer": computed})
 
     with _running(model, normalizer) as rows:
-        ALL_ATTENTION_FUNCTIONS[normalizer] = recorded
+        ALL_ATTENTION_FUNCTIONS[config._attn_implementation] = recorded
         try:
             computed = normalizer
             with other:
                 logits = _logits(model, rows)
-            layers, called = attention_layers(model.config.get_text_config(decoder=True)), len(set(calls))
+            layers, called = attention_layers(config), len(set(calls))
             # A layer may call it twice (Diffllama), or be run twice (Zamba 2).
             if other.seen or not calls or layers not in (called, len(calls)):
                 also = f", and {', '.join(sorted(other.seen))} ran beside it" if other.seen else ""
@@ -49,7 +49,7 @@ def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
             if torch.equal(_logits(model, rows), logits):
                 raise ValueError("its logits are the same with softmax")
         finally:
-            del ALL_ATTENTION_FUNCTIONS[normalizer]
+            del ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
 
 
 def prove_causal(model: PreTrainedModel) -> None:

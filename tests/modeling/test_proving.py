@@ -26,12 +26,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("family", [*PROVEN, *HYBRID])
 def test_families_that_run_our_attention_are_proven(family):
-    """Hybrid models have fewer attention layers than layers. Mode and random state stay as they were."""
-    model = foreign_model(family, "softpick", eos_token_id=[1, 2])
+    """Hybrid models have fewer attention layers than layers. Mode and random state stay as they were; no token is used
+    that means something to the model."""
+    model, seen = foreign_model(family, "softpick", eos_token_id=[62, 63], bos_token_id=61), set()
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.update(args[0].flatten().tolist()))
+    model.register_forward_hook(lambda *_: torch.rand(1) and None)
     before = torch.random.get_rng_state()
     prove_normalizer(model, "softpick")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(module.training for module in model.modules())
+    assert len(seen) == 14 and not seen & {61, 62, 63}
 
 
 @pytest.mark.parametrize("family", REFUSED)
