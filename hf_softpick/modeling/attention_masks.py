@@ -186,9 +186,11 @@ def check_padding(mask: Tensor) -> None:
 
 
 def _check_padding_mask(padding_mask: Tensor, query_length: int, query_offset: int | Tensor) -> None:
-    if torch.compiler.is_compiling() and isinstance(query_offset, Tensor):
-        return  # reading the offset would break the graph
-    needed = int(query_offset) + query_length
+    if isinstance(query_offset, Tensor):
+        if torch.compiler.is_compiling():
+            return  # reading the offset would break the graph
+        query_offset = int(query_offset)
+    needed = query_offset + query_length  # int() of a symbolic length would fix it in an exported program
     if padding_mask.shape[1] < needed:
         raise ValueError(
             f"attention_mask covers {padding_mask.shape[1]} tokens, but cache and input together hold {needed}. "

@@ -10,8 +10,10 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from .attention_blocks import Block, Layout
+from .attention_dense import dense_attention
 from .attention_inputs import OPERATORS, check_inputs, explicit_mask
 from .attention_masks import VisibleKeys
 from .normalizers import SOFTPICK_EPS, base_normalizer
@@ -224,3 +226,14 @@ def _autograd(ctx, grad: Tensor | None, grad_lse: Tensor | None):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_decomposition(_forward._opoverload)
+def _dense_forward(query, key, value, start, end, keys, mask, scale, kind):
+    """The forward pass for formats that know none of our operators: torch's ONNX exporter takes it from this table.
+
+    The denominator, which only a backward pass reads, is not computed.
+    """
+    visible = VisibleKeys(start, end, keys, start) if mask is None else mask
+    out, _ = dense_attention(query, key, value, visible, scale, kind)
+    return out, query.new_full(query.shape[:3], float("nan"))
