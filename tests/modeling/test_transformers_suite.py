@@ -16,13 +16,13 @@ from transformers_suite import cases, outcome  # noqa: E402  needs the sources
 
 NORMALIZERS = ("softpick", "scaled_softpick", "softmax")
 CASES = cases(NORMALIZERS)
-NO_SDPA = "sdpa computes softmax, so this normalizer is refused there by name"
-# What ours fail on purpose: the method, the normalizers, and why.
+NO_SDPA = "sdpa computes softmax, so these normalizers are refused there by name"
+# What ours do not pass, on purpose: the method, the normalizers, and why.
 REFUSED = {
     "test_can_set_attention_dynamically": (("softpick", "scaled_softpick"), NO_SDPA),
     "test_sdpa_can_dispatch_non_composite_models": (NORMALIZERS, "the default is auto, never sdpa"),
 }
-REFUSED |= {  # until the two close in on each other near 0, and the list of float32 modules tells the truth
+REFUSED |= {  # until the two close in on each other near 0
     **{
         f"test_eager_matches_sdpa_inference_{name}": (("softpick", "scaled_softpick"), "")
         for name in (
@@ -36,7 +36,6 @@ REFUSED |= {  # until the two close in on each other near 0, and the list of flo
             "15_fp32_pad_right_no_attn_mask",
         )
     },
-    "test_keep_in_fp32_modules_exist": (("softpick", "softmax"), ""),
 }
 # Two processes each, a second or two; these few in every run, the others in the sweep.
 DISTRIBUTED = ("test_tp_", "test_fsdp2_", "test_hsdp_")
@@ -60,7 +59,7 @@ def test_as_on_llama(method):
     wrong = {}
     for name in NORMALIZERS:
         found, trace = outcome(CASES[name], method)
-        allowed = {"failed"} if name in refused else {"passed", expected}
+        allowed = {"failed", "skipped"} if name in refused else {"passed", expected}
         if found not in allowed:
             wrong[name] = f"{found}, expected {' or '.join(sorted(allowed))} {reason}\n{trace}"
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
