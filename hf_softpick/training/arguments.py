@@ -1,5 +1,6 @@
 """From the recipe to transformers.TrainingArguments, with what every run here needs and a recipe cannot change."""
 
+import os
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if not torch.accelerator.is_available():
         # Without it, accelerate takes each of several CPU processes under DeepSpeed for a run of its own.
         given["use_cpu"] = True
+    if "RANK" not in os.environ:
+        given.pop("ddp_backend", None)  # One process has no group.
     # Every parameter of a causal LM takes part in every step; looking for others costs a pass over the graph.
     given.setdefault("ddp_find_unused_parameters", False)
     accelerator: dict[str, Any] = {**(given.pop("accelerator_config", None) or {}), "dispatch_batches": False}
@@ -51,7 +54,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             import deepspeed
 
             deepspeed.init_distributed(dist_backend=args.distributed_state.backend, auto_mpi_discovery=False)
-    except (ValueError, TypeError, ImportError, NotImplementedError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError, FileNotFoundError) as error:
         raise RecipeError(f"training: {error}") from error
     return args
 

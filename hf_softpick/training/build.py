@@ -19,7 +19,6 @@ from hf_softpick.conversion.settings import read_settings
 from hf_softpick.data.settings import DataSettings
 from hf_softpick.errors import CheckpointError, RecipeError
 from hf_softpick.modeling.attention_guard import unmark
-from hf_softpick.modeling.attention_triton import TRITON, refuse
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
@@ -31,21 +30,6 @@ logger = logging.getLogger(__name__)
 _WRONG_SETTINGS = (ValueError, OSError, KeyError)
 # What transformers raises for weights that are cut off or do not fit.
 _UNREADABLE = (*_WRONG_SETTINGS, RuntimeError, SafetensorError)
-
-
-def check_attention(settings: ModelSettings, device: torch.device) -> None:
-    """Refuse GPU kernels that cannot run on `device`, before the data is prepared.
-
-    Raises:
-        RecipeError: why not, and what to use instead.
-    """
-    if settings.attn_implementation not in TRITON:
-        return
-    head_dim = settings.head_dim or (settings.hidden_size or 0) // (settings.num_attention_heads or 1)
-    try:
-        refuse(settings.attn_implementation, head_dim, device)
-    except ValueError as error:
-        raise RecipeError(f"model.{error}") from error
 
 
 def build_model(

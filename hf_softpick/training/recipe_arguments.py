@@ -55,6 +55,7 @@ TYPES: dict[str, Any] = {
     # Upstream also takes the name of a JSON file, which could change from one launch to the next unseen.
     "accelerator_config": dict[str, Any] | None,
     "deepspeed": dict[str, Any] | Annotated[str, AfterValidator(os.path.expanduser)] | None,
+    "ddp_backend": Literal["nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl"] | None,
     # Upstream annotates a string, deprecates it, and documents `fsdp: true`.
     "fsdp": bool,
     "log_level": Literal["debug", "info", "warning", "error", "critical", "passive"],

@@ -19,8 +19,6 @@ FIXED: dict[str, tuple[bool, str]] = {
     "save_on_each_node": (False, "a checkpoint is one folder, which all nodes share"),
     "dataloader_in_order": (True, "the rows of a step would depend on the speed of the workers"),
     "average_tokens_across_devices": (True, "the loss is a mean over the tokens of all processes"),
-    "bf16_full_eval": (False, "evaluation computes as training does"),
-    "fp16_full_eval": (False, "evaluation computes as training does"),
 }
 
 # Fields of accelerate's configuration with one right value; the other ones change no row.
@@ -91,6 +89,13 @@ def _check_optimizer(given: dict[str, Any]) -> Iterator[Problem]:
             f"is {optimizer!r}, which updates weights during the backward pass: before it is known whether the update "
             "is finite, and with a state that no checkpoint holds; choose another one",
         )
+    if optimizer.startswith("schedule_free"):
+        yield (
+            ("training", "optim"),
+            f"is {optimizer!r}, which trains other weights than it would save and evaluate; use adamw_torch_fused",
+        )
+    if given.get("optim_target_modules") and not optimizer.startswith(("galore", "apollo")):
+        yield ("training", "optim_target_modules"), "belongs to the galore and apollo optimizers; leave it out"
     pairs = given.get("optim_args") or ""
     if pairs and not all(re.fullmatch(r" *[^ =][^=]*=[^=]*", pair) for pair in pairs.split(",")):
         yield (

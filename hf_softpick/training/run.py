@@ -23,13 +23,14 @@ from hf_softpick.files import write_text
 from hf_softpick.modeling.attention_softpick import resolve_auto
 from hf_softpick.training import environment, finalize, finished, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
-from hf_softpick.training.build import build_model, check_attention
+from hf_softpick.training.build import build_model
 from hf_softpick.training.callbacks import MetricsLog, Progress, Samples
 from hf_softpick.training.generation import write_samples
 from hf_softpick.training.metrics import MetricsFile
 from hf_softpick.training.plots import plot_losses
 from hf_softpick.training.recipe import Recipe, dump_recipe
 from hf_softpick.training.recipe_record import settings
+from hf_softpick.training.rehearsal import rehearse
 from hf_softpick.training.statistics import StatisticsLog
 from hf_softpick.training.trainer import SoftpickTrainer
 from hf_softpick.versions import versions
@@ -108,7 +109,7 @@ def _train(recipe: Recipe, main: bool, debug: bool, ended: int | None = None) ->
     strategy.check_precision(os.environ, recipe.training.arguments)
     args = training_arguments(recipe)
     active = strategy.check(asked, args)
-    check_attention(recipe.model, args.device)
+    rehearse(recipe.model, args)
     data = prepare_data(recipe.data, recipe.tokenizer, progress=main and not args.disable_tqdm)
     data.require_rows(global_batch(args))
     facts = {

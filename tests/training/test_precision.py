@@ -47,6 +47,8 @@ def test_precision_of_the_launcher(launched, recipe, remedy):
         ({"bf16": True}, {"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast"),
         ({"bf16": True}, {"bf16": {**ON, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
         ({}, {"gradient_clipping": 0.5}, "gradient_clipping=0.5 where the recipe has max_grad_norm=1.0"),
+        ({}, {"optimizer": {"type": "AdamW"}}, "optimizer, which would win over training.optim"),
+        ({}, {"scheduler": {"type": "WarmupLR"}}, "scheduler, which would win over training.lr_scheduler_type"),
         ({"bf16": True}, {}, None),
         ({"bf16": True}, {"bf16": ON}, None),
         ({"bf16": True}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, None),
