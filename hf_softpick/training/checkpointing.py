@@ -19,7 +19,8 @@ from hf_softpick.errors import CheckpointError, StorageError
 from hf_softpick.files import clear, sync, umask
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""1, of older versions, is read too: it has no digest of the manifest itself."""
 
 
 def is_storage_fault(error: Exception) -> bool:
@@ -65,7 +66,9 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
     """Describe every file of `directory` together with `facts`; everything is on disk afterwards."""
     files = record_files(directory)
     manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n", encoding="utf-8")
+    content = {"format": FORMAT, **facts, "files": files}
+    text = json.dumps(content | {"digest": _digest(content)}, indent=1)
+    manifest.write_text(text + "\n", encoding="utf-8")
     sync(manifest)
     sync(directory)
 
@@ -83,24 +86,59 @@ def publish(root: Path, step: int) -> Path:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; {} where there is none that can be read."""
+    """The manifest of a checkpoint; {} where there is none that is one."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     files = manifest.get("files") if isinstance(manifest, dict) else None
     whole = isinstance(files, dict) and files and all(isinstance(file, dict) for file in files.values())
     return manifest if whole else {}
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def verify(directory: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a fault; empty when every listed file has its size and its SHA-256."""
+    """What is wrong with a checkpoint, one line a fault.
+
+    Empty when the manifest is as it was written, every file that it lists has its size and SHA-256, and it lists all
+    that a resume needs.
+    """
     manifest = read_manifest(directory)
     if not manifest:
         return [f"{MANIFEST} is missing or unreadable"]
-    if manifest.get("format") != FORMAT:
-        return [f"{MANIFEST} has format {manifest.get('format')}, this version reads {FORMAT}"]
-    return file_faults(directory, manifest["files"])
+    version = manifest.get("format")
+    if version not in (1, FORMAT):
+        return [f"{MANIFEST} has format {version}, this version reads {FORMAT}"]
+    if version == FORMAT and manifest.get("digest") != _digest(manifest):
+        return [f"{MANIFEST} is not as it was written"]
+    faults = file_faults(directory, manifest["files"])
+    return faults or [f"{name}, which a resume needs, was never written" for name in _lacking(directory, manifest)]
+
+
+def _lacking(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """What a resume reads and the manifest does not list: transformers would go on without it, from something else."""
+    names, world = manifest["files"].keys(), manifest.get("world_size", 1)
+    index = "model.safetensors.index.json"
+    needed = ["trainer_state.json", "scheduler.pt"]
+    needed += ["rng_state.pth"] if world == 1 else [f"rng_state_{rank}.pth" for rank in range(world)]
+    if str(manifest.get("strategy")).startswith("zero"):
+        states = [name for name in names if name.endswith("_optim_states.pt")]
+        models = [name for name in names if name.endswith("_model_states.pt")]
+        counts = (("optimizer states", states, world), ("model states", models, 1))
+        lacking = [f"one of the {what} of {world} ranks" for what, found, least in counts if len(found) < least]
+        needed += ["latest"]
+    else:
+        weights = ["model.safetensors"]
+        if index in names:
+            weights = sorted(set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values()))
+        lacking, needed = [], [*needed, *weights, "optimizer.pt"]
+        if manifest.get("recipe", {}).get("settings", {}).get("training.fp16"):
+            needed += ["scaler.pt"]
+    return lacking + [name for name in needed if name not in names]
 
 
 def file_faults(directory: Path, files: dict[str, dict[str, Any]]) -> list[str]:
@@ -130,11 +168,19 @@ def find_newest(root: Path, warn: Callable[[str], None] = print) -> Path | None:
 
     Raises:
         CheckpointError: there are checkpoints, and none of them can be loaded.
+        StorageError: this user may not read one of them: nothing is known against it.
     """
     reasons = []
     for step in steps(root):
         directory = checkpoint_directory(root, step)
-        faults = verify(directory)
+        try:
+            faults = verify(directory)
+        except PermissionError as error:
+            raise StorageError(
+                f"{directory} cannot be read: {error}. Let this user read it, or move it out of the way."
+            ) from error
+        except OSError as error:
+            faults = [f"it cannot be read: {error}"]
         if not faults:
             return directory
         aside = directory.with_name(directory.name + ".corrupt")
@@ -158,6 +204,10 @@ def find_newest(root: Path, warn: Callable[[str], None] = print) -> Path | None:
 def sweep(root: Path) -> None:
     """Remove what a crashed save left behind. For one process to call, before anybody saves."""
     for path in root.glob(".staging-*"):
+        # Killed between the two renames of `publish`: the older checkpoint of that step is still whole.
+        replaced, target = path / "replaced", root / path.name.replace(".staging-", "checkpoint-")
+        if replaced.is_dir() and not target.exists():
+            replaced.rename(target)
         clear(path)
 
 

@@ -116,8 +116,8 @@ def read_settings(record: dict[str, Any], run: Path) -> Settings:
     """
     if "recipe" in record:
         return Settings(*(_present(dict(record["recipe"][kind])) for kind in ("settings", "defaults")))
-    said = settings(load_recipe(run / "recipe.yaml"))
     known = {name: value for name, value in _flat(record["identity"]) if value is not None}
+    said = settings(load_recipe(run / "recipe.yaml"))
     for name, value in dict(record.get("length", {})).items():
         known[f"training.{name}"] = said.defaults.get(f"training.{name}", -1) if value is None else value
     return Settings({**said.given, **_present(known)}, said.defaults)

@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_softpick.data.preparing import PreparedData
-from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.errors import CheckpointError, RecipeError, StorageError, UserError
 from hf_softpick.files import write_json
 from hf_softpick.training import checkpointing, strategy
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.recipe_record import Settings, differences, read_settings, settings
-from hf_softpick.training.resume_rules import OPTIMIZER, SCHEDULE, refused
+from hf_softpick.training.resume_rules import refused
 
 logger = logging.getLogger(__name__)
 
@@ -106,18 +106,21 @@ def find_checkpoint(root: Path, main: bool, world_size: int) -> Path | None:
 
     Raises:
         CheckpointError: on every rank, when there are checkpoints and none can be loaded.
+        StorageError: on every rank, when one cannot be read or moved.
     """
     found: list[Any] = [None, None]
     if main:
-        checkpointing.sweep(root)
         try:
+            checkpointing.sweep(root)
             found[0] = checkpointing.find_newest(root, logger.warning)
-        except CheckpointError as error:
-            found[1] = str(error)
+        except UserError as error:
+            found[1] = error
+        except OSError as error:
+            found[1] = StorageError(f"{root} cannot be read and written: {error}. Make it usable and try again.")
     if world_size > 1:
         dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
-        raise CheckpointError(found[1])
+        raise found[1]
     return found[0]
 
 
@@ -190,26 +193,16 @@ class ApplySettings(TrainerCallback):
 
     Args:
         trainer: its `group_options` are what the optimizer was made with, before the checkpoint was loaded.
-        changes: what differs from the checkpoint; a change that cannot be made is refused.
     """
 
-    def __init__(self, trainer: Any, changes: Changes) -> None:
-        self.trainer, self.changes = trainer, changes
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         """Checkpoint and scheduler are loaded, the first step is not made yet."""
         state.compute_steps(args, state.max_steps)
-        options = self.trainer.group_options
-        if options is None or not isinstance(lr_scheduler, LambdaLR):
-            fixed = SCHEDULE | (OPTIMIZER if options is None else set())
-            if named := {name: values for name, values in self.changes.items() if name in fixed}:
-                raise RecipeError(
-                    f"{describe(named)}: the optimizer or schedule of this run is not the recipe's but that of "
-                    "the DeepSpeed configuration, whose checkpoint brings it back. Put the settings back."
-                )
         before = float(optimizer.param_groups[0]["lr"])
-        if options is not None:
-            apply_options(optimizer, lr_scheduler, options)
+        apply_options(optimizer, lr_scheduler, self.trainer.group_options)
         after = float(optimizer.param_groups[0]["lr"])
         if after != before and state.is_world_process_zero:
             print(f"Learning rate of the next step: {after:.3g}; the checkpoint left it at {before:.3g}.", flush=True)

@@ -78,7 +78,6 @@ RULES: tuple[tuple[str, str, str], ...] = (
 SCHEDULE = {
     f"training.{name}" for name in ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 }
-OPTIMIZER = {f"training.{name}" for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
 
 
 def rule(name: str) -> tuple[str, str]:

@@ -143,7 +143,7 @@ def _train(recipe: Recipe, main: bool, debug: bool, ended: int | None = None) ->
         finalize.check_saving(trainer, recipe, data.report)
         if checkpoint is not None:
             trainer.guard.consecutive = manifest.get("consecutive_skips", 0)
-            trainer.add_callback(resume.ApplySettings(trainer, changes))
+            trainer.add_callback(resume.ApplySettings(trainer))
         if main:
             print(_what_runs(recipe, trainer, active), flush=True)
         trainer.stop.install()

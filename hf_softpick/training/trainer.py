@@ -64,7 +64,7 @@ class SoftpickTrainer(Trainer):
         self.no_targets = False
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.staging: Path | None = None
-        self.group_options: list[dict[str, Any]] | None = None
+        self.group_options: list[dict[str, Any]] = []
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)  # callbacks.Progress prints one readable line instead.
         self.add_callback(self.stop)
@@ -80,7 +80,7 @@ class SoftpickTrainer(Trainer):
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """As the base class; remembers what the recipe says of its groups, which a checkpoint overwrites."""
         optimizer = super().create_optimizer(*args)
-        if self.group_options is None and isinstance(optimizer, torch.optim.Optimizer):
+        if not self.group_options:
             self.group_options = group_options(optimizer)
         return optimizer
 

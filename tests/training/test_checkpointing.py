@@ -97,6 +97,92 @@ def test_torn_writes_are_never_taken(root):
         shutil.rmtree(root / "checkpoint-6.corrupt")
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"]
+)
+def test_a_checkpoint_that_never_had_what_a_resume_needs(root, name):
+    """A manifest may describe every file that is there; transformers goes on with a fresh optimizer or schedule."""
+    (root / "checkpoint-4" / name).unlink()
+    checkpointing.write_manifest(root / "checkpoint-4", {"step": 4})
+    warnings: list[str] = []
+    assert checkpointing.find_newest(root, warnings.append) == root / "checkpoint-2"
+    assert f"{name}, which a resume needs, was never written" in warnings[0]
+
+
+def test_what_a_resume_needs_by_strategy(tmp_path):
+    """Sharded weights and optimizers have one file a rank; random states do wherever there are several ranks."""
+    common = ["trainer_state.json", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"]
+    shards = ["optimizer.pt", "model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors"]
+    zero = [
+        "latest",
+        "g/mp_rank_00_model_states.pt",
+        *(f"g/bf16_zero_pp_rank_{n}_mp_rank_00_optim_states.pt" for n in "01"),
+    ]
+    for strategy, names in (("ddp", [*common, *shards]), ("zero2", [*common, *zero]), ("zero3", [*common, *zero])):
+        whole = {"strategy": strategy, "world_size": 2}
+        for left_out in [None, *names]:
+            folder = tmp_path / strategy / str(names.index(left_out) if left_out else "all")
+            (folder / "g").mkdir(parents=True)
+            for name in names:
+                text = json.dumps({"weight_map": {"a": shards[2], "b": shards[3]}}) if "index" in name else "x"
+                if name != left_out:
+                    (folder / name).write_text(text)
+            checkpointing.write_manifest(folder, whole)
+            assert (checkpointing.verify(folder) == []) is (left_out is None), left_out
+    checkpointing.write_manifest(folder.parent / "all", whole | {"world_size": 3})
+    assert "rng_state_2.pth" in str(checkpointing.verify(folder.parent / "all"))
+
+
+def test_every_changed_bit_of_the_manifest_is_seen(root):
+    """One in the settings would be "another recipe", one in a number another step."""
+    path = root / "checkpoint-4" / checkpointing.MANIFEST
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert checkpointing.verify(root / "checkpoint-4"), place
+    path.write_bytes(content)
+    assert checkpointing.verify(root / "checkpoint-4") == []
+
+
+def test_files_that_cannot_be_read(root, monkeypatch):
+    """A broken disk is a fault of the checkpoint; a missing permission says nothing against it."""
+    path = root / "checkpoint-4" / checkpointing.MANIFEST
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    warnings: list[str] = []
+    assert checkpointing.find_newest(root, warnings.append) == root / "checkpoint-2"
+    assert "cannot be read" in warnings[0]
+    (root / "checkpoint-4.corrupt").rename(root / "checkpoint-4")
+    path.rmdir()
+    path.write_bytes(content)
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpointing, "sha256_of", forbidden)
+    with pytest.raises(StorageError, match="checkpoint-4 cannot be read: .*Permission denied"):
+        checkpointing.find_newest(root, warnings.append)
+    assert checkpointing.steps(root) == [4, 2] and len(warnings) == 1
+
+
+def test_saving_over_an_existing_step(root):
+    """The new one replaces the old; a kill between the two renames brings the old one back."""
+    staged = checkpointing.staging_directory(root, 4) / "checkpoint-4"
+    shutil.copytree(root / "checkpoint-4", staged)
+    (staged / "optimizer.pt").write_bytes(b"newer")
+    assert checkpointing.publish(root, 4) == root / "checkpoint-4"
+    assert (root / "checkpoint-4" / "optimizer.pt").read_bytes() == b"newer"
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    staged.mkdir(parents=True)
+    (root / "checkpoint-4").rename(staged.parent / "replaced")
+    checkpointing.sweep(root)
+    assert (root / "checkpoint-4" / "optimizer.pt").read_bytes() == b"newer"
+    assert sorted(path.name for path in root.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_nothing_loadable_is_an_error_now_and_next_time(root):
     """Starting again from step 0 without a word would throw the run away."""
     for step in (2, 4):
