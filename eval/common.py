@@ -112,12 +112,14 @@ def _text(
 
     data = str(run / "recipe.yaml") if options.data is None and run is not None else options.data
     if data is not None and data.endswith((".yaml", ".yml")):
+        from hf_softpick.analysis.samples import as_launched
         from hf_softpick.training.recipe import load_recipe
 
         if not Path(data).is_file():
             raise RecipeError(f"--data {data}: no such recipe. Give a file, or other text.")
         recipe = load_recipe(data)
-        return recipe.data, recipe.tokenizer, options.seq_len or recipe.data.seq_len
+        sections = as_launched(Path(data).parent, recipe.data, recipe.tokenizer)
+        return *sections, options.seq_len or recipe.data.seq_len
     source = SourceSettings(
         path=data or "stdlib", text_column=options.text_column, split=options.split, name=options.data_name
     )

@@ -1,8 +1,12 @@
 """Text for measuring: rows of tokens from the validation split of a recipe, a file, a data set, or the stdlib."""
 
+import glob
 import itertools
+import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +38,29 @@ class Samples(NamedTuple):
 
     description: str
     rows: list[dict[str, Tensor]]
+
+
+def as_launched(run: Path, data: DataSettings, tokenizer: TokenizerSettings) -> tuple[DataSettings, TokenizerSettings]:
+    """What the recipe of a run folder says, with relative paths from where the run was launched, not from here.
+
+    A folder of a tokenizer that is gone is replaced by final/, which holds the same one.
+    """
+    try:
+        launches = json.loads((run / "environment.json").read_text(encoding="utf-8"))["launches"]
+        folders = [launch["directory"] for launch in reversed(launches) if "directory" in launch]
+    except (OSError, ValueError, KeyError, TypeError):
+        folders = []
+
+    def find(path: str) -> str:
+        places = (os.path.join(folder, path) for folder in folders if path != "stdlib")
+        return next((place for place in places if os.path.exists(place) or glob.glob(place, recursive=True)), path)
+
+    sources = [source.model_copy(update={"path": find(source.path)}) for source in data.sources]
+    origin = tokenizer.from_ and find(tokenizer.from_)
+    is_path = origin is not None and (origin.count("/") != 1 or origin.startswith((".", "~")))
+    if is_path and not os.path.exists(os.path.expanduser(origin)) and (run / "final" / "tokenizer.json").is_file():
+        origin = str(run / "final")
+    return data.model_copy(update={"sources": sources}), tokenizer.model_copy(update={"from_": origin})
 
 
 class _Document(NamedTuple):

@@ -42,6 +42,7 @@ def describe(strategy: str, world_size: int) -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv[1:],
+        "directory": os.getcwd(),
         "strategy": strategy,
         "processes": world_size,
         "platform": platform.platform(),

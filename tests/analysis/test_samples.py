@@ -12,11 +12,12 @@ from byte_models import BOS, byte_tokenizer
 from training_runs import write_recipe
 from transformers import PreTrainedTokenizerFast
 
-from hf_softpick.analysis.samples import Samples, batches, load_samples, one_document_a_row
+from hf_softpick.analysis.samples import Samples, as_launched, batches, load_samples, one_document_a_row
 from hf_softpick.commands import exit_code
 from hf_softpick.data.preparing import prepare_data
-from hf_softpick.data.settings import SourceSettings
+from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from hf_softpick.errors import CheckpointError, DataError, RecipeError
+from hf_softpick.training.environment import describe, record_launch
 from hf_softpick.training.recipe import load_recipe
 
 EVAL = Path(__file__).parents[2] / "eval"
@@ -261,3 +262,28 @@ def test_one_document_a_row():
     assert apart.description == "text"
     assert [row["input_ids"].tolist() for row in apart.rows] == [[0, 1, 2], [3], [4, 5, 6, 7, 8]]
     assert [row["position_ids"].tolist() for row in apart.rows] == [[0, 1, 2], [0], [0, 1, 2, 3, 4]]
+
+
+def test_relative_paths_of_a_run_are_from_where_it_was_launched(tmp_path, monkeypatch):
+    for name in ("here", "there/tokenizer", "there/run/final"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "there" / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path / "there")
+    record_launch(tmp_path / "there/run/environment.json", describe("one process", 1))
+    data = DataSettings(seq_len=8, sources=[SourceSettings(path=path) for path in ("a.txt", "*.txt", "stdlib", "a/b")])
+    tokenizer = TokenizerSettings(from_="tokenizer")
+    monkeypatch.chdir(tmp_path / "here")
+    found, from_there = as_launched(tmp_path / "there/run", data, tokenizer)
+    there = str(tmp_path / "there")
+    assert [source.path for source in found.sources] == [f"{there}/a.txt", f"{there}/*.txt", "stdlib", "a/b"]
+    assert from_there.from_ == f"{there}/tokenizer"
+    write_recipe(tmp_path / "there", data={"sources": [{"path": "a.txt"}]}).rename(tmp_path / "there/run/recipe.yaml")
+    options = argparse.Namespace(data=None, seq_len=None)
+    assert _common()._text(options, tmp_path / "there/run")[0].sources[0].path == f"{there}/a.txt"
+    (tmp_path / "there" / "tokenizer").rmdir()
+    (tmp_path / "there" / "run" / "final" / "tokenizer.json").write_text("{}")
+    assert as_launched(tmp_path / "there/run", data, tokenizer)[1].from_ == f"{there}/run/final"
+    hub = TokenizerSettings(from_="owner/name")
+    assert as_launched(tmp_path / "there/run", data, hub)[1] == hub
+    (tmp_path / "there/run/environment.json").unlink()
+    assert as_launched(tmp_path / "there/run", data, hub) == (data, hub)
