@@ -41,7 +41,7 @@ class Layout:
 
     def __init__(self, query, key, value, start, end, keys, mask):
         self.batch, self.heads, self.length, self.dim = query.shape
-        self.key_heads, self.key_length, self.value_dim = key.shape[1], key.shape[2], value.shape[3]
+        self.key_heads, self.value_dim = key.shape[1], value.shape[3]
         self.groups = self.heads // self.key_heads
         self.dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype, value.dtype) else torch.float32
         alike = bool((start == start[:1]).all()) and bool((end == end[:1]).all())

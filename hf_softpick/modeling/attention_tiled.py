@@ -21,6 +21,8 @@ from .normalizers import SOFTPICK_EPS, base_normalizer
 LOG2E = 1.0 / math.log(2.0)
 # Rows are shifted by their maximum only beyond 2^40: below it nothing can overflow in float32, and a pass is saved.
 SHIFT_LIMIT = 40.0
+# Rows that stay below it in log2 units take expm1, three times as slow: 2^x - 1 keeps few digits of a score near 0.
+NEAR_ZERO = 2.0**-4
 
 
 def tiled_attention(
@@ -86,6 +88,14 @@ def softpick_numerators(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
     return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
 
 
+def _exact_numerators(x: Tensor, near: Tensor, kind: str) -> Tensor | None:
+    """e^score - 1 of the rows of [n, R, W] scores in log2 units that are `near` 0, [rows, W]; None if there is none.
+
+    Row by row, as `row_shift`.
+    """
+    return torch.expm1(x[near] * math.log(2)) if kind == "softpick" and bool(near.any()) else None
+
+
 @torch.library.custom_op(f"{OPERATORS}::tiled_forward", mutates_args=())
 def _forward(
     query: Tensor,
@@ -109,12 +119,17 @@ def _forward(
     for block in layout.blocks():
         buffer = _buffer(buffer, block, layout, 1)
         x = _scores(layout, scaled, block, kind, buffer[0])
-        shift = row_shift(x.amax(-1, keepdim=True), kind)
+        level = x.amax(-1, keepdim=True)
+        shift = row_shift(level, kind)
+        near = ((level > 0) & (level < NEAR_ZERO))[..., 0]
+        exact = _exact_numerators(x, near, kind)
         if shift is not None:
             x.sub_(shift)
         x.exp2_()
         if kind == "softpick":
             p = softpick_numerators(x, shift, x)
+            if exact is not None:
+                p[near] = exact
             total = p.sum(-1, keepdim=True)
             torch.relu_(p)
             # sum |p| without another pass: the positive part counted twice, less the whole
@@ -162,6 +177,7 @@ def _backward(
     grad = layout.rows_first(grad.transpose(1, 2))
     delta = (grad * layout.rows_first(out.transpose(1, 2))).sum(-1, keepdim=True)
     shift_all = row_shift(level, kind)
+    near_all = level < math.log2(NEAR_ZERO)
     # Dividing the rows of grad by the denominator spares dividing the T x S weights.
     factor = torch.exp2(-level if shift_all is None else shift_all - level)
     grad, delta = grad * factor, delta * factor
@@ -171,6 +187,8 @@ def _backward(
         buffer = _buffer(buffer, block, layout, 3)
         x = _scores(layout, scaled, block, kind, buffer[0])
         shift = None if shift_all is None else layout.matrix(shift_all, block)
+        near = layout.matrix(near_all, block)[..., 0]
+        exact = _exact_numerators(x, near, kind)
         if shift is not None:
             x.sub_(shift)
         x.exp2_()
@@ -179,7 +197,10 @@ def _backward(
         values = layout.value[block.n0 : block.n1, block.key0 : block.key1]
         dx = torch.bmm(block_grad, values.transpose(1, 2), out=_view(buffer[1], *x.shape))
         if kind == "softpick":
-            p = torch.relu_(softpick_numerators(x, shift, _view(buffer[2], *x.shape)))
+            p = softpick_numerators(x, shift, _view(buffer[2], *x.shape))
+            if exact is not None:
+                p[near] = exact
+            torch.relu_(p)
             block_dv.baddbmm_(p.transpose(1, 2), block_grad)
             # dp - delta where the score is positive, delta elsewhere: mask dp - 2 delta, then add delta everywhere
             torch.ops.aten.threshold_backward.grad_input(dx.sub_(2 * block_delta), p, 0.0, grad_input=dx)

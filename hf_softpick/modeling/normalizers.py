@@ -38,14 +38,18 @@ def softpick(x: Tensor, dim: int = -1, mask: Tensor | None = None, eps: float = 
     Raises:
         ValueError: `mask` is not boolean, or `x` not floating.
 
-    Source: Zuhri, Fuadi, Aji 2025, arXiv 2504.20966; shift m = max(0, max x), so that nothing overflows.
+    Source: Zuhri, Fuadi, Aji 2025, arXiv 2504.20966. Slices that reach 1 are shifted by m = max x, so that nothing
+    overflows; the others take expm1, which keeps every digit of a score near 0.
     """
     scores = _visible_scores(x, mask, 0.0)  # a score of 0 adds nothing to either sum
     if scores.shape[dim] == 0:
         return x.clone()
-    shift = scores.detach().amax(dim, keepdim=True).clamp_min(0)
+    shift = scores.detach().amax(dim, keepdim=True)
+    near = shift < 1
+    shift = torch.where(near, 0.0, shift)
     floor = torch.exp(-shift)
-    p = torch.exp(scores - shift) - floor
+    # expm1 of 0 where it is not taken: an infinite branch would make the gradient NaN.
+    p = torch.where(near, torch.expm1(torch.where(near, scores, 0.0)), torch.exp(scores - shift) - floor)
     positive = scores > 0
     total = torch.where(positive, p, -p).sum(dim, keepdim=True) + eps * floor
     return (torch.where(positive, p, 0.0) / total).to(x.dtype)

@@ -72,9 +72,29 @@ def test_is_the_reference(kind, normalizer, dtype, batch, heads, key_heads, leng
 @pytest.mark.parametrize("kind", ["causal", "packed", "holes", "bool_b1", "bool_bh"])
 def test_is_the_reference_when_heads_are_cut_into_blocks(kind, monkeypatch):
     """Long rows take few heads at a time; small blocks make that happen at a length that a test can afford."""
-    monkeypatch.setattr(attention_blocks, "BLOCK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(attention_blocks.Layout.blocks, "__defaults__", (1, 1 << 12))
     tensors, grad = inputs(2, 6, 3, 70, 80, 16, 16, torch.float32)
+    start = torch.zeros(1, 70, dtype=torch.int64)
+    layout = attention_blocks.Layout(*tensors, start, start + 80, None, None)
+    assert any(block.n1 - block.n0 < 6 for block in layout.blocks()), "no head is cut, so this tests nothing"
     assert_agrees(seen(kind, 2, 6, 70, 10), tensors, grad, "softpick", 0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-1, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("kind", ["causal", "packed", "left", "bool_b1"])
+def test_scores_near_0_keep_their_digits(kind, scale):
+    """e^x - 1 in float32 has two digits left of a score of 1e-5; untrained and tiny models have many."""
+    tensors, grad = inputs(2, 4, 2, 70, 80, 16, 16, torch.float32)
+    visible = seen(kind, 2, 4, 70, 10)
+    mask = visible.dense(80) if isinstance(visible, VisibleKeys) else visible
+    doubles = [x.detach().double().requires_grad_() for x in tensors]
+    exact = run(lambda q, k, v: reference_attention(q, k, v, mask, scale / 4)[0], doubles, grad)
+    for attention in (
+        lambda q, k, v: tiled_attention(q, k, v, visible, scale / 4),
+        lambda q, k, v: reference_attention(q, k, v, mask, scale / 4)[0],
+    ):
+        for ours, expected in zip(run(attention, tensors, grad), exact, strict=True):
+            assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("normalizer", BASES)
