@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from .attention_softpick import register_attention
@@ -52,7 +53,7 @@ def seal(config: PreTrainedConfig, saved: dict[str, Any]) -> dict[str, Any]:
         return saved
     note = NOTE.format(" and ".join(sorted(names)))
     return {
-        "architectures": [f"Softpick{name}" for name in saved.get("architectures") or ["Model"]],
+        "architectures": [f"Softpick{name.removeprefix('Softpick')}" for name in saved.get("architectures") or [""]],
         "auto_map": {"AutoConfig": f"{Path(__file__).stem}.{SealedConfig.__name__}"},
         "model_type": SEALED,
         "transformers_version": saved.get("transformers_version"),
@@ -157,8 +158,8 @@ def _write(original: Callable, config: PreTrainedConfig, json_file_path: str | o
         return original(config, json_file_path, use_diff)
     path = Path(json_file_path)
     path.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for code in (*Path(__file__).parent.glob("attention_*.py"), Path(__file__).with_name("normalizers.py")):
-        shutil.copyfile(code, path.with_name(code.name))
+    for code in (__file__, *get_relative_import_files(__file__)):
+        shutil.copyfile(code, path.with_name(Path(code).name))
 
 
 def _read(original: Callable, cls: type, json_file: str | os.PathLike) -> dict[str, Any]:

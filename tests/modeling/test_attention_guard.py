@@ -98,7 +98,7 @@ def test_without_the_package_a_folder_is_softpick_or_an_error(folders):
         assert "attention_guard.py" in code and {path.name for path in again.glob("*.py")} == code
 
 
-def test_nothing_in_a_sealed_folder_names_the_architecture(folders):
+def test_nothing_in_a_sealed_folder_names_the_architecture(folders, tmp_path):
     """What engines choose an implementation by, also after they have opened it by trusted code."""
     for family, (architecture, _) in FAMILIES.items():
         config = saved(folders / family)
@@ -107,7 +107,10 @@ def test_nothing_in_a_sealed_folder_names_the_architecture(folders):
         assert config["vocab_size"] == config["transformers_weights"]  # the note; a composite has no vocabulary
         assert config["model_type"] == SEALED and config["architectures"] == [f"Softpick{architecture}"]
         assert f'"{family}"' not in json.dumps(config)
-        assert AutoConfig.from_pretrained(folders / family).architectures == config["architectures"]
+        opened = AutoConfig.from_pretrained(folders / family)
+        assert opened.architectures == config["architectures"]
+        opened.save_pretrained(tmp_path)  # a configuration alone
+        assert saved(tmp_path)["model_type"] == SEALED and saved(tmp_path)["architectures"] == opened.architectures
         assert PreTrainedConfig.from_json_file(folders / family / "config.json").vocab_size == SIZES["vocab_size"]
 
 
