@@ -67,6 +67,15 @@ def test_the_upload_of_the_run_itself_is_recorded(finished, tmp_path, hub, capsy
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_all_of_final_is_uploaded(again, hub):
+    """The list of what may go is written by hand; a model without one of its code files loads nowhere."""
+    run, call = again
+    assert call(*PUSH) == 0
+    lines = [json.loads(line) for path, body in hub.requests if "/commit/" in path for line in body.splitlines()]
+    sent = {line["value"]["path"] for line in lines if line["key"] == "file"}
+    assert sent == {path.name for path in (run / "final").iterdir()}
+
+
 DAMAGE = {
     "gone": lambda final: shutil.rmtree(final),
     "no weights": lambda final: (final / "model.safetensors").unlink(),
