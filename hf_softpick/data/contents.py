@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from hf_softpick.errors import DataError, StorageError
 from hf_softpick.files import write_text
@@ -95,7 +95,7 @@ class Contents:
     def _changing(self) -> Iterator[None]:
         """Alone, and with what others found meanwhile. A folder that cannot be written costs time at every start."""
         lock = FileLock(self.path.with_suffix(".lock"))
-        with suppress(OSError, Timeout):
+        with suppress(OSError, NotImplementedError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         try:

@@ -16,7 +16,8 @@ import pytest
 from datasets import Dataset
 
 from hf_softpick.data import preparing
-from hf_softpick.data.cache import MANIFEST, fingerprint
+from hf_softpick.data.cache import MANIFEST, _seal, build_once, fingerprint
+from hf_softpick.data.contents import Contents
 from hf_softpick.data.preparing import prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
 from hf_softpick.errors import DataError, StorageError
@@ -342,6 +343,30 @@ def test_cache_folder_that_cannot_be_made(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="data.cache_dir"):
         prepare(data, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("/dev/full", "no space left while preparing .*data.cache_dir"), (".", "preparing .* failed: .*directory")],
+)
+def test_cache_folder_that_cannot_be_filled(tmp_path, place, message):
+    def build(staging):
+        with open(place, "w", buffering=1) as file:
+            file.write("rows\n")
+
+    with pytest.raises(StorageError, match=message):
+        build_once(tmp_path / "packed", build, Contents(tmp_path))
+    assert not (tmp_path / "packed").exists()
+
+
+def test_tokenizer_that_lost_tokens(data):
+    """As one may when it is saved and loaded again: a model of its size would have no row for the last ids."""
+    folder = prepare(data).directory
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["report"]["max_token_id"] = 280
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"seal": _seal(manifest)}))
+    with pytest.raises(DataError, match="token id 280 in rows of a tokenizer with 280 ids"):
+        prepare(data)
 
 
 @pytest.mark.parametrize("name", ["a\0b", "~no-such-user/x", "x" * 300])
