@@ -8,7 +8,7 @@ from transformers.models.llama import modeling_llama
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer
 
 PROVEN = ["llama", "gemma3_text", "gpt2", "gpt_neox", "opt", "diffllama", "qwen2_moe"]
-HYBRID = ["bamba", "jamba", "lfm2", "qwen3_next"]
+HYBRID = ["bamba", "jamba", "lfm2", "qwen3_next", "zamba2"]
 NONE_CALLED = "0 of its 2 attention layers call the registered attention"
 REFUSED = {
     "bloom": f"{NONE_CALLED}, and aten::_softmax ran beside it",
@@ -47,9 +47,14 @@ def test_families_that_run_something_else_are_refused(family):
 
 
 def test_one_layer_of_its_own_is_found(monkeypatch):
-    """A softmax in one layer of two, and a layer without any attention."""
-    model = foreign_model("llama", "softpick")
-    own = foreign_model("llama", "eager")
+    """A softmax in one layer of two, or beside ours, and a layer without any attention."""
+    model, own = foreign_model("llama", "softpick"), foreign_model("llama", "eager")
+    beside = model.model.layers[0].self_attn.register_forward_hook(
+        lambda *_: bool(torch.zeros(13).softmax(-1).sum() < 0) or None
+    )
+    with pytest.raises(ValueError, match="2 of its 2 .* registered attention, and aten::_softmax ran beside it"):
+        prove_normalizer(model, "softpick")
+    beside.remove()
     model.model.layers[1].self_attn = own.model.layers[1].self_attn
     with pytest.raises(ValueError, match="1 of its 2 .*_softmax ran beside it"):
         prove_normalizer(model, "softpick")
@@ -79,4 +84,7 @@ def test_without_an_effect_nothing_is_proven():
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     with pytest.raises(ValueError, match="same with softmax"):
+        prove_normalizer(model, "softpick")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(ValueError, match="its logits are not finite"):
         prove_normalizer(model, "softpick")

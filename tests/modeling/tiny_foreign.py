@@ -54,6 +54,14 @@ EXTRA = {
         "linear_value_head_dim": 8,
     },
     "rwkv": {"attention_hidden_size": 32},
+    "zamba2": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["hybrid", "mamba", "hybrid"],
+        "num_mem_blocks": 1,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+    },
 }
 
 
