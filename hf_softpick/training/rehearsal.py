@@ -105,10 +105,8 @@ def _run(settings: ModelSettings, args: TrainingArguments) -> PreTrainedModel:
         num_attention_heads=2,
         head_dim=width if special else 32,
     )
-    model = SoftpickForCausalLM._from_config(
-        config, attn_implementation=settings.attn_implementation if special else "eager", dtype=torch.float32
-    )
-    model.to(args.device)
+    config._attn_implementation = settings.attn_implementation if special else "eager"
+    model = SoftpickForCausalLM(config).to(args.device)  # _from_config would shard it under ZeRO-3
     ids = torch.arange(64, device=args.device)[None]
     positions = torch.cat((torch.arange(24), torch.arange(40)))[None].to(args.device)
     with torch.autocast(args.device.type, torch.float16 if args.fp16 else torch.bfloat16, args.bf16 or args.fp16):
@@ -146,7 +144,7 @@ def _optimize(toy: PreTrainedModel, args: TrainingArguments) -> str | None:
     again = _optimizer(resumed, args)
     saved.seek(0)
     try:
-        again.load_state_dict(torch.load(saved, map_location=args.device, weights_only=True))
+        again.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
     except Exception as error:
         if type(error).__name__ != "UnpicklingError":
             raise
