@@ -9,6 +9,8 @@ from .normalizers import NORMALIZERS
 AS_LLAMA = {"normalizer": "softmax", "sliding_window": None}
 NOTE = "for SoftpickForCausalLM, not for Llama's classes: import hf_softpick, or load with trust_remote_code=True"
 
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
 
 @strict
 class SoftpickConfig(LlamaConfig):
@@ -18,9 +20,11 @@ class SoftpickConfig(LlamaConfig):
         rectified_softmax, scaled_softpick, scaled_softmax. Part of the model's meaning and saved; how it is computed
         is `attn_implementation`.
     sliding_window (`int`, optional): a query sees itself and the sliding_window - 1 tokens before it.
+    rope_parameters: rope_type default, linear, yarn or llama3. transformers chooses the frequencies of dynamic and
+        longrope by the longest row of a batch and by the calls before, so that a document would depend on its company.
 
     Raises:
-        ValueError: the normalizer is unknown, or the window is below 2.
+        ValueError: the normalizer is unknown, the window below 2, or rope_type dynamic or longrope.
 
     Source: arXiv 2504.20966; block layout and parameter names are Llama's.
     """
@@ -46,6 +50,12 @@ class SoftpickConfig(LlamaConfig):
         # transformers' cache for a window of 1 keeps every key and says that it keeps none.
         if self.sliding_window is not None and self.sliding_window < 2:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected None or at least 2")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type in BATCH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"rope_type is {rope_type!r}, whose frequencies depend on the longest row of a batch and on earlier "
+                "calls, so that a document's logits would depend on its company. Use default, linear, yarn or llama3."
+            )
         if not getattr(self, "is_causal", True):
             raise ValueError("is_causal is False, but SoftpickModel is causal only. Leave it out.")
         if self.num_attention_heads % self.num_key_value_heads != 0:

@@ -49,12 +49,10 @@ class RopeSettings(Section):
 _ROPE_REQUIRED = {
     "default": (),
     "linear": ("factor",),
-    "dynamic": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
-_ROPE_OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow"), "longrope": ("attention_factor", "factor")}
+_ROPE_OPTIONAL = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}
 
 
 class ModelSettings(Section):
@@ -172,6 +170,13 @@ def _check_new(model: ModelSettings) -> Iterator[Problem]:
 
 
 def _check_rope(rope: RopeSettings) -> Iterator[Problem]:
+    if rope.rope_type in ("dynamic", "longrope"):
+        yield (
+            ("model", "rope_parameters", "rope_type"),
+            f"is {rope.rope_type!r}, whose frequencies depend on the longest row of a batch; use 'linear', 'yarn' or"
+            " 'llama3'",
+        )
+        return
     required, optional = _ROPE_REQUIRED[rope.rope_type], _ROPE_OPTIONAL.get(rope.rope_type, ())
     for name in RopeSettings.model_fields:
         given = getattr(rope, name) is not None

@@ -189,6 +189,7 @@ def test_settings_that_cannot_be_expressed(tmp_path, changes, message):
         ({"use_sliding_window": True}, "not understood: use_sliding_window=True"),
         ({"residual_multiplier": 0.22}, r"not understood: residual_multiplier=0\.22"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_type 'spiral' is unknown"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic', whose frequencies depend"),
         ({"num_attention_heads": 5}, "not a multiple"),
         ({"hidden_size": "32"}, "is no configuration of llama"),
         ({"hidden_act": "no_such_act"}, "make no softpick configuration"),

@@ -231,11 +231,38 @@ def test_inputs_embeds_stand_for_tokens():
         ({"sliding_window": 1}, "sliding_window is 1.*at least 2"),
         ({"is_causal": False}, "causal only"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*longest row of a batch"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'.*longest row of a batch"),
     ],
 )
 def test_configuration_is_checked(changes, message):
     with pytest.raises(Exception, match=message):
         SoftpickConfig(**{**SIZES, **changes})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "original_max_position_embeddings": 16,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_document_does_not_depend_on_its_company(rope):
+    """Whatever rotates: not on a longer row in the batch, and not on the calls before."""
+    model = tiny_model(max_position_embeddings=32, rope_parameters={"rope_theta": 100.0, **rope})
+    ids = tokens(1, 20)
+    alone = model(ids).logits
+    company = model(torch.cat([torch.nn.functional.pad(ids, (0, 60)), tokens(1, 80)])).logits
+    close(company[0, :20], alone[0])
+    assert torch.equal(model(ids).logits, alone)
 
 
 def test_biases_are_llamas_too():

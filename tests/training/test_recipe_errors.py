@@ -193,6 +193,8 @@ def test_overrides_are_named(message):
         ("model.num_key_value_heads=3", "must divide model.num_attention_heads = 4"),
         ("model.rope_parameters={rope_type: yarn, factor: 2}", "original_max_position_embeddings is missing"),
         ("model.rope_parameters={factor: 2}", "has no meaning for rope_type 'default'"),
+        ("model.rope_parameters={rope_type: dynamic, factor: 2}", "depend on the longest row of a batch"),
+        ("model.rope_parameters={rope_type: longrope}", "depend on the longest row of a batch"),
         ("model.rope_theta=5", "model.rope_parameters"),
         ("model.revision=main", "belongs to model.from"),
         ("model.from=some/model", "brings its own architecture"),
