@@ -140,7 +140,8 @@ def _kept_by_layer(model: ModelSettings, seq_len: int, width: int) -> float:
     norms = 2 * hidden * (4 + 4 + width)
     attention = width * (2 * queries + 2 * keys + keys + queries)
     if model.attn_implementation == "eager":
-        attention += 3 * heads * seq_len * 4
+        # float32 maps of T x T: scores and weights; softpick keeps two more, and which scores were near 0 as bool.
+        attention += heads * seq_len * (8 if model.normalizer == "softmax" else 17)
     return norms + attention + width * 4 * inner
 
 

@@ -74,6 +74,7 @@ def test_parameters_are_exact(recipe, overrides):
     [
         [],
         ["model.attn_implementation=eager"],
+        ["model.attn_implementation=eager", "model.normalizer=softmax"],
         ["training.bf16=true"],
         ["model.num_key_value_heads=1"],
     ],
