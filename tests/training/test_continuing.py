@@ -101,9 +101,10 @@ def test_the_row_of_the_pad_token_learns(source, family, pad):
     assert gradient[257].abs().sum() > 0 and gradient[5].abs().sum() > 0
 
 
-def test_a_tokenizer_of_another_model_is_refused(source, caplog):
-    """Not larger is not enough: the same ids must mean the same tokens. Tokens may be added."""
-    folder = source("llama")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_tokenizer_of_another_model_is_refused(source, caplog, family):
+    """Not larger is not enough: the same ids must mean the same tokens. Without files GPT-2 has a tokenizer of one."""
+    folder = source(family)
     with pytest.raises(RecipeError, match=r"256 of its 258 tokens have other ids, first 0, which is .* there"):
         build(folder, byte_tokenizer(ALPHABET[1:] + ALPHABET[:1]))
     build(folder, byte_tokenizer())
