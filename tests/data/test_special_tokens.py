@@ -79,5 +79,5 @@ def test_boundary_that_is_not_called_special():
     for token in content["added_tokens"]:
         token["special"] = False
     backend = Tokenizer.from_str(json.dumps(content))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    assert {1, 2}.isdisjoint(encoded(encoder_of(tokenizer), TEXT))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|call|>")
+    assert special_ids(tokenizer).isdisjoint(encoded(encoder_of(tokenizer), TEXT)) and tokenizer.eos_token_id == 330
