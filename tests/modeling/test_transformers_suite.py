@@ -22,21 +22,6 @@ REFUSED = {
     "test_can_set_attention_dynamically": (("softpick", "scaled_softpick"), NO_SDPA),
     "test_sdpa_can_dispatch_non_composite_models": (NORMALIZERS, "the default is auto, never sdpa"),
 }
-REFUSED |= {  # until the two close in on each other near 0
-    **{
-        f"test_eager_matches_sdpa_inference_{name}": (("softpick", "scaled_softpick"), "")
-        for name in (
-            "08_fp32_pad_left_sdpa_kernels",
-            "09_fp32_pad_left",
-            "10_fp32_pad_left_no_attn_mask_sdpa_kernels",
-            "11_fp32_pad_left_no_attn_mask",
-            "12_fp32_pad_right_sdpa_kernels",
-            "13_fp32_pad_right",
-            "14_fp32_pad_right_no_attn_mask_sdpa_kernels",
-            "15_fp32_pad_right_no_attn_mask",
-        )
-    },
-}
 # Two processes each, a second or two; these few in every run, the others in the sweep.
 DISTRIBUTED = ("test_tp_", "test_fsdp2_", "test_hsdp_")
 EVERY_RUN = ("test_tp_plan_shards_input_embeddings", "test_tp_generation", "test_fsdp2_sharding_structure_1_tied")
