@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_softpick.modeling.attention_masks import VisibleKeys, document_starts, visible_keys
+from hf_softpick.modeling.attention_softpick import attention_forward
+from hf_softpick.modeling.normalizers import reference_attention
 
 CPU = torch.device("cpu")
 quick = settings(max_examples=250, deadline=None, derandomize=True)
@@ -240,3 +242,16 @@ def test_boundaries_that_do_not_fit_are_refused(boundaries, message):
 def test_boundaries_after_cached_tokens_are_refused():
     with pytest.raises(ValueError, match="4 cached tokens.*Use position_ids"):
         visible_keys(6, 10, CPU, query_offset=4, cu_seq_lens=torch.tensor([0, 3, 6]))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_call_without_a_mask_keeps_its_window(window):
+    """As a model calls whose mask function was told of no window."""
+    query, key, value = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    mask = (distance >= 0) & (distance < (window or 12))
+    out, _ = attention_forward(
+        torch.nn.Module(), query, key, value, None, 0.5, sliding_window=window, normalizer="softpick"
+    )
+    expected, _ = reference_attention(query, key, value, mask, 0.5)
+    torch.testing.assert_close(out, expected)
