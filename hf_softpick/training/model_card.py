@@ -104,7 +104,6 @@ def without_paths(value: Any) -> Any:
 
 
 def _changed(changes: Sequence[dict[str, Any]]) -> list[str]:
-    changes = [change for change in changes if not change["setting"].startswith("run.")]
     if not changes:
         return []
     rows = [

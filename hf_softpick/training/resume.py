@@ -165,8 +165,9 @@ def check_resume(
 
 
 def listed(changes: Changes, step: int) -> list[dict[str, Any]]:
-    """`changes` as manifests, finished.json and the model card hold them."""
-    return [{"step": step, "setting": name, "before": old, "after": new} for name, (old, new) in changes.items()]
+    """`changes` as manifests, finished.json and the model card hold them, but for where the run is kept."""
+    kept = {name: values for name, values in changes.items() if not name.startswith("run.")}
+    return [{"step": step, "setting": name, "before": old, "after": new} for name, (old, new) in kept.items()]
 
 
 def describe(changes: Changes) -> str:
