@@ -166,6 +166,8 @@ def test_the_kernel_on_the_hub_computes_what_it_is_named_for(folders, tmp_path):
     assert saved(tmp_path)[SEALED][0]["normalizer"] == "softpick"
     with pytest.raises(Exception, match="(?i)kernel|offline"):
         LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="someone/softpick-attention")
+    with pytest.raises(ValueError, match="trained with 'softpick'"):
+        LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="kernels-community/flash-attn2")
 
 
 def test_trainer_resumes_from_a_sealed_checkpoint(tmp_path):
@@ -194,6 +196,8 @@ def test_one_part_of_a_composite_model(tmp_path):
         close(loaded(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="trained with 'softpick'"):
         Llava.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="LlamaModel cannot run .* trained with 'softpick'"):
+        loaded.set_attn_implementation("sdpa")
 
 
 def test_folders_of_version_0_1_are_guarded_while_the_package_is_there(tmp_path):
