@@ -49,7 +49,7 @@ def build_model(
         if settings.from_ is None:
             model = _new(settings, tokenizer, seed)
         else:
-            model = _continued(settings, tokenizer, seed, data)
+            model = _continued(settings, tokenizer, data)
     except expected as error:
         origin = f"model.from {settings.from_}" if settings.from_ is not None else "model"
         raise RecipeError(f"{origin}: {error}") from error
@@ -89,7 +89,7 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
 
 
 def _continued(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, data: DataSettings | None
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, data: DataSettings | None
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision, trust_remote_code=False)
     implementation = settings.attn_implementation
@@ -124,7 +124,6 @@ def _continued(
             f"{settings.from_} has no weights for {len(missing)} parameters ({', '.join(missing[:3])}, ...), which "
             "would start at random. Its config.json does not belong to its weights."
         )
-    set_seed(seed)
     fit_vocabulary(model, settings, tokenizer)
     if is_foreign(config):
         prove_causal(model) if settings.normalizer == "softmax" else prove_normalizer(model, settings.normalizer)
