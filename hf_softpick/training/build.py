@@ -52,7 +52,10 @@ def build_model(
             model = _continued(settings, tokenizer, data)
     except expected as error:
         origin = f"model.from {settings.from_}" if settings.from_ is not None else "model"
-        raise RecipeError(f"{origin}: {error}") from error
+        reason = str(error)
+        if "trust_remote_code" in reason:  # transformers' advice, which no recipe can follow
+            reason = f"{reason.splitlines()[0]} It is never run here; give a model that transformers has the code of."
+        raise RecipeError(f"{origin}: {reason}") from error
     wrong = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if wrong:
         raise RecipeError(f"model: parameters must be float32, these are {wrong}; use training.bf16 for speed.")
