@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,7 +28,7 @@ from hf_softpick.training.recipe_model import ModelSettings
 
 logger = logging.getLogger(__name__)
 
-_WRONG_SETTINGS = (ValueError, OSError, KeyError)
+_WRONG_SETTINGS = (ValueError, OSError, KeyError, StrictDataclassError)
 # What transformers raises for weights that are cut off or do not fit.
 _UNREADABLE = (*_WRONG_SETTINGS, RuntimeError, SafetensorError)
 
@@ -143,7 +144,7 @@ def _as_ours(settings: ModelSettings) -> SoftpickConfig | None:
     saved, _ = PreTrainedConfig.get_config_dict(settings.from_, revision=settings.revision)
     try:
         return SoftpickConfig(**read_settings(saved).config)
-    except CheckpointError as error:
+    except (CheckpointError, StrictDataclassError) as error:
         logger.info("%s is trained in its own architecture: %s", settings.from_, error)
         return None
 

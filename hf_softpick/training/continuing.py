@@ -49,6 +49,15 @@ def apply_settings(config: PreTrainedConfig, settings: ModelSettings, seq_len: i
             f"data.seq_len is {seq_len}, but the model has positions for {longest} tokens. Lower it, or extend "
             f"rotary positions by model.max_position_embeddings={seq_len} (and model.rope_parameters)."
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # one for each kind of layer, in some
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            short = kind["original_max_position_embeddings"]
+            if seq_len > short:
+                raise ValueError(
+                    f"data.seq_len is {seq_len}, and beyond {short} tokens rope_type 'longrope' chooses the positions "
+                    "of a whole batch by its longest document. Lower it, or set model.rope_parameters."
+                )
 
 
 def fit_vocabulary(model: PreTrainedModel, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,6 +15,7 @@ from hf_softpick.data.preparing import PreparedData
 from hf_softpick.errors import RecipeError, StorageError
 from hf_softpick.files import clear, sync, write_text
 from hf_softpick.generation_settings import mend_generation_config
+from hf_softpick.modeling.attention_guard import SEALED
 from hf_softpick.training import checkpointing, environment, finished, resume
 from hf_softpick.training.dry_run import disk_warnings
 from hf_softpick.training.estimates import estimate_disk
@@ -197,7 +198,7 @@ def _cast(folder: Path, dtype: torch.dtype, keep: Collection[str]) -> None:
     total = 0
     for path in folder.glob("*.safetensors"):
         weights = {
-            name: tensor if set(keep) & set(name.split(".")) else tensor.to(dtype)
+            name: tensor.to(dtype) if tensor.is_floating_point() and not set(keep) & set(name.split(".")) else tensor
             for name, tensor in load_file(path).items()
         }
         staged = path.with_suffix(".cast")  # not in place: what stays float32 is still read from the file
@@ -209,7 +210,9 @@ def _cast(folder: Path, dtype: torch.dtype, keep: Collection[str]) -> None:
         written["metadata"]["total_size"] = total
         index.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for said in config.get(SEALED, [config]):
+        said["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -87,6 +87,27 @@ def test_rotary_positions_are_extended_and_the_config_says_so(source, family):
         build(source("gpt2"), rope_parameters=rope)
 
 
+@pytest.mark.parametrize("normalizer", ["softmax", "softpick"])
+def test_positions_that_the_longest_document_chooses_are_refused(tmp_path, normalizer):
+    """Logits of a document would change with another one beside it. Ours has no such positions: it stays a Llama."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    save_source(tmp_path, "llama", rope_parameters={**rope, "original_max_position_embeddings": 16})
+    with pytest.raises(RecipeError, match="seq_len is 32, and beyond 16 tokens rope_type 'longrope'"):
+        build(tmp_path, data={}, normalizer=normalizer)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["original_max_position_embeddings"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert build(tmp_path, data={}, normalizer=normalizer).config.model_type == "llama"
+
+
+def test_a_configuration_that_is_none_is_refused(tmp_path):
+    save_source(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    with pytest.raises(RecipeError, match="(?s)model.from .*not a multiple"):
+        build(tmp_path, data={})
+
+
 # Tokenizer and embedding
 
 

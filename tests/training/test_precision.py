@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_foreign import foreign_model
 from training_runs import write_recipe
 
 from hf_softpick.errors import RecipeError
@@ -108,17 +109,20 @@ def test_export_dtype_is_that_of_final_alone(tmp_path):
     assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_export_dtype_of_several_files(tmp_path):
-    """The index says how large the weights are now."""
-    from hf_softpick.modeling.configuration_softpick import SoftpickConfig
-    from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_export_dtype_of_several_files(tmp_path, family):
+    """The index says how large the weights are now, and a sealed config.json says what they are; integers stay."""
+    from transformers import AutoModelForCausalLM
+
     from hf_softpick.training.finalize import _cast
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = SoftpickForCausalLM(SoftpickConfig(vocab_size=300, **sizes))
-    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    model = foreign_model(family, "softpick")
+    model.get_input_embeddings().register_buffer("order", torch.tensor([257]))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
     _cast(tmp_path, torch.float16, ())
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 2 * model.num_parameters()
-    loaded, found = SoftpickForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert index["metadata"]["total_size"] == 2 * model.num_parameters() + 8
+    shard = index["weight_map"][next(name for name in index["weight_map"] if name.endswith("order"))]
+    assert next(v for k, v in load_file(tmp_path / shard).items() if k.endswith("order")).tolist() == [257]
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert loaded.dtype == torch.float16 and not found["missing_keys"]
