@@ -46,9 +46,7 @@ def open_library(settings: SourceSettings, folder: Path | None) -> Source:
         loaded = builder.as_dataset(split=settings.split)
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # datasets raises nearly everything here; each is the user's path, split, name or network
+    except Exception as error:  # nearly everything; each is the user's path, split, name or network
         reason = str(error.__cause__ or error).strip().splitlines() or [""]
         kind = SourceGone if isinstance(error, (FileNotFoundError, ConnectionError)) else DataError
         raise kind(

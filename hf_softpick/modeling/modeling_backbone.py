@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, initialization
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -35,20 +36,6 @@ from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS, base_normalizer
 
 INITIAL_HEAD_SCALE = 0.3
-_CODE_FILES = (
-    "attention_blocks.py",
-    "attention_dense.py",
-    "attention_foreign.py",
-    "attention_inputs.py",
-    "attention_masks.py",
-    "attention_softpick.py",
-    "attention_tiled.py",
-    "attention_triton.py",
-    "configuration_softpick.py",
-    "modeling_backbone.py",
-    "modeling_softpick.py",
-    "normalizers.py",
-)
 _HEADS = ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 _AUTO_MAP = {
     "AutoConfig": "configuration_softpick.SoftpickConfig",
@@ -200,8 +187,9 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
         finally:
             self.config.use_cache = use_cache
         if is_main_process:
-            for name in _CODE_FILES:
-                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory, name))
+            entry = str(Path(__file__).with_name("modeling_softpick.py"))
+            for code in (entry, *get_relative_import_files(entry)):
+                shutil.copyfile(code, Path(save_directory, Path(code).name))
 
 
 def _refuse_foreign(normalizer: str, implementation: str) -> None:

@@ -55,9 +55,7 @@ def push(final: Path, repo_id: str, private: bool = True, revision: str | None =
     )
     try:
         return _within(limit, lambda: _upload(final, [path.name for path in files], repo_id, private, revision))
-    except (
-        Exception
-    ) as error:  # Whatever the client raises (HTTP, DNS, offline mode, login): training is done and kept.
+    except Exception as error:  # whatever the client raises (HTTP, DNS, offline mode, login)
         command = ["hf", "upload", repo_id, str(final), "."]
         command += [word for pattern in ALLOWED for word in ("--include", pattern)]
         command += ["--private"] if private else []

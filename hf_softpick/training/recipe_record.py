@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from transformers import TrainingArguments
 
+from hf_softpick.errors import RecipeError
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.training.recipe import Recipe, load_recipe
 from hf_softpick.training.recipe_arguments import DEFAULTS, installed_name
@@ -111,10 +112,14 @@ def read_settings(record: dict[str, Any], run: Path) -> Settings:
         run: the run folder, whose recipe.yaml says what records of schema 1 leave out.
 
     Raises:
-        RecipeError: that recipe.yaml cannot be read.
+        RecipeError: that recipe.yaml cannot be read, or the record is of a newer version.
         KeyError, TypeError, ValueError: it is no such record.
     """
     if "recipe" in record:
+        if record["recipe"]["schema"] > SCHEMA:
+            raise RecipeError(
+                f"{run} was written by a newer version of hf_softpick. Update it, or choose another run.name."
+            )
         return Settings(*(_present(dict(record["recipe"][kind])) for kind in ("settings", "defaults")))
     known = {name: value for name, value in _flat(record["identity"]) if value is not None}
     said = settings(load_recipe(run / "recipe.yaml"))

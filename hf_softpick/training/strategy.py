@@ -136,11 +136,6 @@ def check(asked: Mapping[str, str], args: TrainingArguments) -> str:
 
 def _check_deepspeed(args: TrainingArguments) -> None:
     plugin = args.deepspeed_plugin
-    if own := {"optimizer", "scheduler"} & plugin.hf_ds_config.config.keys():
-        raise RecipeError(
-            f"The DeepSpeed configuration has the section {' and '.join(sorted(own))}, which would replace what the "
-            "recipe says (training.optim, learning_rate, weight_decay, lr_scheduler_type). Leave it out."
-        )
     if plugin.zero_stage == 0:
         raise RecipeError(
             "DeepSpeed with ZeRO stage 0 shards nothing and cannot refuse a non-finite update. Use "

@@ -13,7 +13,7 @@ from hf_softpick.errors import CheckpointError, RecipeError
 from hf_softpick.train import main
 from hf_softpick.training import checkpointing, recipe_evolution, resume, resume_rules
 from hf_softpick.training.recipe import load_recipe
-from hf_softpick.training.recipe_record import Settings, differences, read_settings, settings
+from hf_softpick.training.recipe_record import SCHEMA, Settings, differences, read_settings, settings
 from hf_softpick.training.recipe_training import FIXED
 
 # `identity` and `length` as version 0.1.0 left them in manifest.json and finished.json, but for the path of the text.
@@ -371,6 +371,7 @@ def test_sources_may_move_but_not_change(halfway, whole, folder, tmp_path, capsy
         ({"data": "other rows"}, {}, "was trained on other rows"),
         ({"world_size": None}, {}, "manifest.json lacks 'world_size'"),
         ({"recipe": None}, {}, "manifest.json lacks 'identity'"),
+        ({"recipe": {"schema": SCHEMA + 1}}, {}, "was written by a newer version"),
     ],
 )
 def test_checkpoints_of_other_launches(folder, tmp_path, manifest, facts, expected):
