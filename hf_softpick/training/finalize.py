@@ -42,27 +42,30 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
         RecipeError: something of the model, the tokenizer or the recipe cannot be saved.
         StorageError: the run folder cannot be written.
     """
-    fault: Exception | None = None
-    changed = mend_generation_config(trainer.model)
-    if trainer.is_world_process_zero():
+    changed, scratch = mend_generation_config(trainer.model), recipe.run.directory / ".trial-staging"
+
+    def write() -> None:
+        if not trainer.is_world_process_zero():
+            return
         for sentence in changed:
             logger.warning("model.from %s: %s", recipe.model.from_, sentence)
         for sentence in disk_warnings(estimate_disk(recipe, _count(trainer.model))):
             logger.warning("%s", sentence)
-        scratch = recipe.run.directory / ".trial-staging"
         try:
             clear(scratch)
             with _for_generation(trainer.model):
                 trainer._save(str(scratch), None if _is_small(trainer.model) else {"trial": torch.zeros(1)})
             _write_card(scratch, recipe, {"parameters": 0}, data_report, ())
-        except Exception as error:  # whatever the writers of others raise: here it costs nothing yet
-            fault = error
-        with contextlib.suppress(OSError):
-            clear(scratch)
-    if not any(trainer._agree(fault is not None)):
+        finally:
+            with contextlib.suppress(OSError):
+                clear(scratch)
+
+    # Whatever the writers of others raise: here it costs nothing yet.
+    fault = trainer.together(write, lambda error: True)
+    if fault is None:
         return
-    reason = f"{type(fault).__name__}: {' '.join(str(fault).split())}" if fault else "see rank 0"
-    if fault and checkpointing.is_storage_fault(fault):
+    reason = f"{type(fault).__name__}: {' '.join(str(fault).split())}"
+    if checkpointing.is_storage_fault(fault):
         raise StorageError(f"{recipe.run.directory} cannot hold a checkpoint: {reason}. Make room, then try again.")
     raise RecipeError(
         f"The model of this run cannot be saved, so nothing was trained ({reason}). Mend what it names in "
@@ -100,7 +103,7 @@ def require_measurements(trainer: SoftpickTrainer) -> None:
     """
     metrics = trainer.metrics
     metrics.flush()
-    if any(trainer._agree(metrics.fault is not None)):
+    if any(trainer.agree(metrics.fault is not None)):
         saved = checkpointing.steps(Path(trainer.args.output_dir))
         raise StorageError(
             f"{metrics.fault or 'A file of the run could not be written by rank 0.'} Training stopped at step "
@@ -156,41 +159,28 @@ def write_final(
     final = recipe.run.directory / "final"
     staging = recipe.run.directory / ".final-staging"
     main = trainer.is_world_process_zero()
-    fault: Exception | None = None
-    files: dict[str, dict[str, Any]] = {}
-    if main:
-        try:
-            clear(staging)
-        except OSError as error:
-            fault = error
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    _agree(trainer, fault, final)
-    try:
+    files: dict[str, dict[str, Any]] = {}
+
+    def write() -> None:
         with _for_generation(model):
             trainer.save_model(str(staging))
         if main:
             if recipe.training.export_dtype != "float32":
                 _cast(staging, getattr(torch, recipe.training.export_dtype), model._keep_in_fp32_modules_strict or ())
             _write_card(staging, recipe, results, data_report, trainer.manifest_facts.get("changes", ()))
-            files = checkpointing.record_files(staging)
+            files.update(checkpointing.record_files(staging))
             _replace(staging, final)
-    except Exception as error:
-        if not checkpointing.is_storage_fault(error):
-            raise
-        fault = error
-        with contextlib.suppress(OSError):
-            clear(staging)
-    _agree(trainer, fault, final)
-    return files
 
-
-def _agree(trainer: SoftpickTrainer, fault: Exception | None, final: Path) -> None:
-    """Raise on every rank what one of them met."""
-    if any(trainer._agree(fault is not None)):
-        raise StorageError(
-            f"{final} could not be written: {fault or 'it failed on another rank'}. The last checkpoint is kept; "
-            "make room and run the same command again."
-        )
+    fault = trainer.together(lambda: clear(staging) if main else None) or trainer.together(write)
+    if fault is None:
+        return files
+    with contextlib.suppress(OSError):
+        clear(staging)
+    raise StorageError(
+        f"{final} could not be written: {fault}. The last checkpoint is kept; make room and run the same command "
+        "again."
+    )
 
 
 def _cast(folder: Path, dtype: torch.dtype, keep: Collection[str]) -> None:

@@ -128,7 +128,7 @@ class SoftpickTrainer(Trainer):
         loss = torch.stack(self.micro_losses).sum()
         self.micro_losses.clear()
         stopping = self.stop.requested or self.metrics.fault is not None
-        refused, self.stop.agreed = self._agree(not math.isfinite(norm), stopping)
+        refused, self.stop.agreed = self.agree(not math.isfinite(norm), stopping)
         if not refused:
             self.guard.applied()
             self.window_loss, self.run_loss = self.window_loss + loss, self.run_loss + loss
@@ -143,7 +143,7 @@ class SoftpickTrainer(Trainer):
         self._report_refusal(loss, norm)
         return norm
 
-    def _agree(self, *flags: bool) -> list[bool]:
+    def agree(self, *flags: bool) -> list[bool]:
         """Each flag, true everywhere as soon as it is true on one rank."""
         if self.args.world_size == 1:
             return list(flags)
@@ -282,9 +282,9 @@ class SoftpickTrainer(Trainer):
         with self.clock.paused():
             self.staging = checkpointing.staging_directory(root, step)
             try:
-                self._together(lambda: clear(self.staging) if self.is_world_process_zero() else None, step)
-                self._together(lambda: super(SoftpickTrainer, self)._save_checkpoint(model, trial), step)
-                self._together(lambda: self._publish(root, step), step)
+                self._save_together(lambda: clear(self.staging) if self.is_world_process_zero() else None, step)
+                self._save_together(lambda: super(SoftpickTrainer, self)._save_checkpoint(model, trial), step)
+                self._save_together(lambda: self._publish(root, step), step)
             finally:
                 self.staging = None
 
@@ -298,25 +298,32 @@ class SoftpickTrainer(Trainer):
         checkpointing.publish(root, step)
         checkpointing.rotate(root, self.args.save_total_limit)
 
-    def _together(self, write: Callable[[], None], step: int) -> None:
-        """Run `write` on every rank; when it fails on one, no rank goes on as if the checkpoint existed."""
+    def together(
+        self, work: Callable[[], Any], expected: Callable[[Exception], bool] = checkpointing.is_storage_fault
+    ) -> Exception | None:
+        """Do `work` on every rank; when it fails as `expected` on one, all of them get to know the exception."""
         fault = None
         try:
-            write()
+            work()
         except Exception as error:
-            if not checkpointing.is_storage_fault(error):
+            if not expected(error):
                 raise
             fault = error
-        (failed,) = self._agree(fault is not None)
-        if not failed:
+        (failed,) = self.agree(fault is not None)
+        return (fault or RuntimeError("it failed on another rank")) if failed else None
+
+    def _save_together(self, write: Callable[[], None], step: int) -> None:
+        """When `write` fails on one rank, no rank goes on as if the checkpoint existed."""
+        fault = self.together(write)
+        if fault is None:
             return
         root = Path(self.args.output_dir)
         if self.is_world_process_zero():
             shutil.rmtree(self.staging, ignore_errors=True)
         good = checkpointing.steps(root)
         raise StorageError(
-            f"The checkpoint of step {step} could not be written under {root}: "
-            f"{fault or 'it failed on another rank'}. {shutil.disk_usage(root).free / 2**30:.1f} GiB are free there. "
+            f"The checkpoint of step {step} could not be written under {root}: {fault}. "
+            f"{shutil.disk_usage(root).free / 2**30:.1f} GiB are free there. "
             + (f"The last good checkpoint is step {good[0]}; " if good else "There is no older checkpoint; ")
             + "make room and run the same command again."
         )

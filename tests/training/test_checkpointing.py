@@ -277,7 +277,7 @@ def test_a_failed_save_is_what_it_is(tmp_path, error, expected):
 
     trainer = make_trainer(tmp_path)
     with pytest.raises(expected, match=None if expected is StorageError else str(error.args[0])) as caught:
-        trainer._together(save, 7)
+        trainer._save_together(save, 7)
     assert (caught.value is error) == (expected is not StorageError)
 
 
