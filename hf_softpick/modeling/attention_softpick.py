@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import is_tracing, logging
 
 from .attention_dense import dense_attention
-from .attention_masks import VisibleKeys, document_starts, visible_keys
+from .attention_masks import BOUNDARIES, VisibleKeys, document_starts, read_boundaries, visible_keys
 from .attention_tiled import tiled_attention
 from .attention_triton import TRITON, refusal, triton_attention
 from .normalizers import NORMALIZERS
@@ -152,6 +152,12 @@ def attention_forward(
             raise ValueError(f"{name} uses {meaning}, which attn_implementation={normalizer!r} does not support.")
     if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
         raise ValueError(f"{name} is not causal; attn_implementation={normalizer!r} supports causal attention only.")
+    boundaries = {name: kwargs[name] for name in (*BOUNDARIES, "seq_idx") if kwargs.get(name) is not None}
+    if boundaries.keys() - ({"cu_seq_lens_k"} if cu_seq_lens_q is not None else set()):
+        (batch, _, length, _), cached = query.shape, key.shape[2] > query.shape[2]
+        boundaries |= {"cu_seq_lens_q": cu_seq_lens_q}
+        # Models number the tokens of a row through: documents by seq_idx alone disagree with that, and are refused.
+        cu_seq_lens_q, position_ids = read_boundaries(boundaries, batch, length, cached, position_ids)
     visible = visible_of_call(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens_q)
     return run_attention(
         query,

@@ -152,6 +152,23 @@ def test_cu_seq_lens_separate_documents(reference, family):
     close(logits[0], torch.cat([logits_of(copy, d) for d in ids[0].split(lengths)]), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens", "seq_idx"])
+def test_boundaries_under_other_names(name):
+    """As TRL and other collators pass them; what disagrees with the positions that it rotates is refused."""
+    model, ids, lengths = foreign("llama", "softpick"), tokens(1, 24), (7, 1, 16)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    cu = torch.tensor([0, 7, 8, 24], dtype=torch.int32)
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    given = {name: documents if name == "seq_idx" else cu}
+    expected = model(ids, position_ids=position_ids).logits
+    close(model(ids, position_ids=position_ids, **given).logits, expected)
+    if name == "seq_idx":
+        with pytest.raises(ValueError, match="seq_idx and position_ids do not begin documents at the same tokens"):
+            model(ids, **given)
+    with pytest.raises(ValueError, match="nothing about its queries"):
+        model(ids, cu_seq_lens_k=cu)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", FAMILIES)
