@@ -36,7 +36,7 @@ class RowPlan:
         return 1 - self.num_tokens / max(1, self.num_rows * self.seq_len)
 
 
-def plan_rows(starts: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) -> RowPlan:
+def plan_rows(starts: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int, one_document: bool = False) -> RowPlan:
     """Pack documents into rows: up to `seq_len` never split, longer ones cut into full rows and a remainder.
 
     Nothing is dropped. Rows are in a random order that depends on `seed` alone, and so are the documents within a row.
@@ -45,6 +45,7 @@ def plan_rows(starts: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) 
         starts: [num_documents] where each document begins in the token file.
         lengths: [num_documents] tokens, each at least 1.
         seq_len: tokens of a row.
+        one_document: no row holds more than one document, or piece of a longer one.
     """
     generator = np.random.default_rng(seed)
     pieces = -(-lengths // seq_len)
@@ -55,7 +56,8 @@ def plan_rows(starts: np.ndarray, lengths: np.ndarray, seq_len: int, seed: int) 
     # Best fit puts documents of equal length together; mixed first, these are not neighbours of the source.
     mixed = generator.permutation(len(document))
     piece_starts, piece_lengths = piece_starts[mixed], piece_lengths[mixed]
-    rows, num_rows = best_fit(piece_lengths, seq_len)
+    count = len(piece_lengths)
+    rows, num_rows = (np.arange(count), count) if one_document else best_fit(piece_lengths, seq_len)
     rows = generator.permutation(num_rows)[rows]
     order = np.lexsort((generator.random(len(rows), dtype=np.float32), rows))
     first = np.zeros(num_rows + 1, np.int64)

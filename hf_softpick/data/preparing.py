@@ -174,7 +174,8 @@ def _plan(corpus: TokenizedCorpus, chosen: np.ndarray, data: DataSettings, repea
     else:
         # A text that occurs twice would count twice in the loss.
         documents = documents[np.unique(corpus.hashes[documents], return_index=True)[1]]
-    return plan_rows(corpus.starts[documents], corpus.lengths[documents], data.seq_len, data.seed)
+    lengths, alone = corpus.lengths[documents], data.packing == "one_document"
+    return plan_rows(corpus.starts[documents], lengths, data.seq_len, data.seed, alone)
 
 
 def _facts(plan: RowPlan) -> dict[str, Any]:

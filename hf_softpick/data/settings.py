@@ -45,7 +45,8 @@ class DataSettings(Section):
 
     seq_len: int = Field(ge=8, le=2**24)
     sources: list[SourceSettings] = Field(default_factory=lambda: [SourceSettings(path="stdlib")], min_length=1)
-    packing: Literal["best_fit"] = "best_fit"
+    packing: Literal["best_fit", "one_document"] = "best_fit"
+    """one_document: a row holds one document and padding, for models that cannot keep packed documents apart."""
     isolate_documents: bool = True
     validation: float = Field(default=0.005, ge=0, lt=1)
     seed: int = Field(default=42, ge=0, lt=2**32)

@@ -131,7 +131,7 @@ def _continued(
     fit_vocabulary(model, settings, tokenizer)
     if is_foreign(config):
         prove_causal(model) if settings.normalizer == "softmax" else prove_normalizer(model, settings.normalizer)
-        if data and data.isolate_documents:
+        if data and data.isolate_documents and data.packing != "one_document":
             check_isolation(model, settings.normalizer)
     return model
 

@@ -101,7 +101,8 @@ def check_isolation(model: PreTrainedModel, normalizer: str) -> None:
         raise ValueError(
             f"{type(model).__name__} with normalizer {normalizer!r} does not keep packed documents apart: in a row "
             "a document has other logits than alone, through recurrent or convolutional layers, positions or the "
-            "attention. Set data.isolate_documents=false to let documents see each other."
+            "attention. Set data.packing=one_document to give each a row of its own, or data.isolate_documents=false "
+            "to let documents see each other."
         )
 
 

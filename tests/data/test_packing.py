@@ -41,6 +41,25 @@ def test_best_fit_equals_its_definition(capacity, data):
     assert sorted(rooms.tolist()) == best_fit_one_by_one(lengths, capacity)
 
 
+def test_one_document_a_row():
+    starts, lengths, tokens = lay_out([3, 12, 8, 1, 19])
+    plan = plan_rows(starts, lengths, 8, 0, one_document=True)
+    ids, positions, num_tokens = fill_rows(plan, tokens, 0, plan.num_rows, 0, isolate_documents=True)
+    rows = sorted(ids[row, :count].tolist() for row, count in enumerate(num_tokens))
+    whole = tokens.tolist()
+    assert rows == [
+        whole[:3],
+        whole[3:11],
+        whole[11:15],
+        whole[15:23],
+        whole[23:24],
+        whole[24:32],
+        whole[32:40],
+        whole[40:],
+    ]
+    assert all((row[:count] == np.arange(count)).all() for row, count in zip(positions, num_tokens, strict=True))
+
+
 @settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=50), seq_len=st.integers(8, 33), seed=st.integers(0, 9)

@@ -49,9 +49,12 @@ LEAKING_SOFTMAX = ["bloom", "falcon", "mamba", "mpt", "opt", "rwkv", "xglm"]
     [*((family, "softpick") for family in LEAKING), *((family, "softmax") for family in LEAKING_SOFTMAX)],
 )
 def test_packed_documents_that_leak_are_refused(source, family, normalizer):
-    with pytest.raises(RecipeError, match="does not keep packed documents apart.*data.isolate_documents=false"):
+    with pytest.raises(
+        RecipeError, match="does not keep packed documents apart.*packing=one_document.*isolate_documents=false"
+    ):
         build(source(family), data={}, normalizer=normalizer)
-    build(source(family), data={"isolate_documents": False}, normalizer=normalizer)
+    for way_out in ({"isolate_documents": False}, {"packing": "one_document"}):
+        build(source(family), data=way_out, normalizer=normalizer)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "gpt_neox", "opt", "qwen2_moe"])

@@ -212,7 +212,7 @@ def test_overrides_are_named(message):
         ("training.resume_from_checkpoint=x", "by itself"),
         ("data.sources=[{path: a, weight: 1e300}]", "expected a number > 0 and <= 1000"),
         ("data.seq_len=16777217", "expected an integer >= 8 and <= 16777216"),
-        ("data.packing=wrapped", "expected best_fit"),
+        ("data.packing=wrapped", "expected one of best_fit, one_document"),
         ("training.max_steps=123456789012345678901234567890", "beyond 64-bit integers"),
         ("training.max_steps=" + "9" * 5000, "beyond 64-bit integers"),
         ("training=" + "[" * 1200, "not valid YAML"),
