@@ -98,10 +98,10 @@ def check_text(options: argparse.Namespace, model: str) -> None:
     Raises:
         RecipeError, DataError: as `samples_for`. CheckpointError: there is no such model.
     """
+    from hf_softpick.analysis import samples
     from hf_softpick.analysis.loading import locate
-    from hf_softpick.analysis.samples import open_text
 
-    open_text(_text(options, locate(model)[1])[0])
+    samples.check_text(_text(options, locate(model)[1])[0])
 
 
 def _text(

@@ -1,5 +1,6 @@
 """Text for measuring: rows of tokens from the validation split of a recipe, a file, a data set, or the stdlib."""
 
+import contextlib
 import glob
 import itertools
 import json
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_softpick.data.packing import best_fit
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
-from hf_softpick.data.sources import Source, open_sources
+from hf_softpick.data.sources import SourceGone, open_sources
 from hf_softpick.data.splitting import split_text
 from hf_softpick.data.tokenizer import encoder_of, sample_texts
 from hf_softpick.errors import DataError
@@ -113,7 +114,7 @@ def load_samples(
     if isinstance(data, DataSettings):
         if tokenizer_settings is None:
             raise ValueError("the data section of a recipe needs the recipe's tokenizer section, tokenizer_settings")
-        open_text(data)
+        _require_held_out(data)
         longest = data.model_copy(update={"seq_len": max(seq_len, data.seq_len)})
         prepared = prepare_data(longest, tokenizer_settings, progress)
         source, documents = _recipe_documents(prepared, tokenizer, tokenizer_settings.add_bos, calibration)
@@ -130,20 +131,26 @@ def load_samples(
     return Samples(f"{source}: {used:,} documents, {tokens:,} tokens in {len(rows):,} rows of {seq_len:,}", rows)
 
 
-def open_text(data: DataSettings | SourceSettings) -> list[Source]:
-    """The sources of `load_samples`, looked at and not read: what is wrong with them can be said early.
+def check_text(data: DataSettings | SourceSettings) -> None:
+    """Look at the sources of `load_samples`, and read none: what is wrong with them can be said early.
 
     Raises:
         DataError: there is no such text, or a recipe that holds out none.
     """
     if isinstance(data, SourceSettings):
-        return open_sources([data])
+        open_sources([data])
+        return
+    _require_held_out(data)
+    with contextlib.suppress(SourceGone):  # its rows may have been prepared while it was there
+        open_sources(data.sources)
+
+
+def _require_held_out(data: DataSettings) -> None:
     if not data.validation:
         raise DataError(
             "the recipe holds out no documents (data.validation is 0), so there is nothing that the model has not "
             "seen. Give other text with --data."
         )
-    return open_sources(data.sources)
 
 
 def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -197,7 +204,7 @@ def _unpacked(rows: Iterable, bos: int | None) -> Iterator[_Document]:
 def _texts(settings: SourceSettings, tokens: int, reverse: bool) -> Iterator[tuple[str, bool]]:
     """Different documents of a source in the order of a hash; of a source beyond the bound, a part of every shard."""
     limit = max(CANDIDATE_CHARACTERS, _CHARACTERS_A_TOKEN * tokens)
-    texts = sample_texts(open_text(settings), limit)
+    texts = sample_texts(open_sources([settings]), limit)
     found = {_hash(text): text for text in texts if not text.isspace()}
     for key in sorted(found, reverse=reverse):
         yield found[key], True

@@ -215,6 +215,21 @@ def test_options_default_to_the_recipe_of_the_run(recipe, tmp_path, bytes_tokeni
     assert "3 rows of 32" in common.samples_for(options, _loaded(bytes_tokenizer, run=tmp_path)).description
 
 
+def test_rows_that_are_prepared_outlive_their_sources(tmp_path, bytes_tokenizer):
+    """A run goes on with them; so does what measures it."""
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    write_recipe(tmp_path)
+    common, options = _options("--samples", 3)
+    before = common.samples_for(options, _loaded(bytes_tokenizer, run=tmp_path))
+    (tmp_path / "text.jsonl").unlink()
+    common.check_text(options, str(tmp_path))
+    assert common.samples_for(options, _loaded(bytes_tokenizer, run=tmp_path)).description == before.description
+    _, options = _options("--data", tmp_path / "text.jsonl")
+    with pytest.raises(DataError, match="no such file"):
+        common.check_text(options, str(tmp_path))
+
+
 def test_options_refuse_and_exit_codes(bytes_tokenizer, capsys):
     common, options = _options("--data", "missing.yaml")
     with pytest.raises(RecipeError, match="no such recipe"):
