@@ -49,6 +49,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file with one a line, without lines that a crash spoilt; [] where there is no file."""
     if not path.is_file():

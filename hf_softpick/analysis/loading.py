@@ -1,6 +1,5 @@
 """A trained model with its tokenizer, from a run folder, a model folder or the Hub."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import hf_softpick
 from hf_softpick.errors import CheckpointError
+from hf_softpick.files import read_object
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.modeling.proving import prove_normalizer, refusal
@@ -166,12 +166,5 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "add_bos": loaded.add_bos,
-        "trained_steps": _trained_steps(loaded.run),
+        "trained_steps": read_object(loaded.run / "finished.json").get("step") if loaded.run else None,
     }
-
-
-def _trained_steps(run: Path | None) -> int | None:
-    try:
-        return json.loads((run / "finished.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_softpick.errors import CheckpointError, DataError
-from hf_softpick.files import read_json_lines
+from hf_softpick.files import read_json_lines, read_object
 
 KINDS = ("statistics", "downstream", "passkey", "quantization")
 
@@ -208,13 +208,18 @@ def _stale(kind: str, run: dict[str, Any], path: str | None) -> str | None:
     return None
 
 
+def launches(path: Path) -> list[dict[str, Any]]:
+    """The launches of a run that environment.json holds, oldest first; [] where it cannot be read."""
+    found = read_object(path).get("launches")
+    return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
+
+
 def _first_file(kind: str, places: list[Path]) -> Path | None:
     return next((place / f"{kind}.json" for place in places if (place / f"{kind}.json").is_file()), None)
 
 
 def _last_launch(folder: Path | None) -> dict[str, Any] | None:
-    launches = (read_json(folder / "environment.json") or {}).get("launches") if folder else None
-    return launches[-1] if isinstance(launches, list) and launches else None
+    return (launches(folder / "environment.json") or [None])[-1] if folder else None
 
 
 def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_softpick.analysis.run_records import launches
 from hf_softpick.data.packing import best_fit
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.data.settings import DataSettings, SourceSettings, TokenizerSettings
@@ -46,11 +46,7 @@ def as_launched(run: Path, data: DataSettings, tokenizer: TokenizerSettings) -> 
 
     A folder of a tokenizer that is gone is replaced by final/, which holds the same one.
     """
-    try:
-        launches = json.loads((run / "environment.json").read_text(encoding="utf-8"))["launches"]
-        folders = [launch["directory"] for launch in reversed(launches) if "directory" in launch]
-    except (OSError, ValueError, KeyError, TypeError):
-        folders = []
+    folders = [each["directory"] for each in reversed(launches(run / "environment.json")) if "directory" in each]
 
     def find(path: str) -> str:
         places = (os.path.join(folder, path) for folder in folders if path != "stdlib")

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from hf_softpick.errors import DataError, StorageError
-from hf_softpick.files import write_text
+from hf_softpick.files import read_object, write_text
 
 _TICK = 2_000_000_000
 """Nanoseconds within which two changes of a file may get the same time."""
@@ -28,7 +28,7 @@ class Contents:
     def __init__(self, root: Path, progress: bool = False):
         self.path = root / "contents.json"
         self.progress = progress
-        self.known = self._load()
+        self.known = read_object(self.path)
 
     def digests(self, files: Sequence[Path]) -> list[str]:
         """SHA-256 of each file; of several processes that ask at once, one reads.
@@ -84,13 +84,6 @@ class Contents:
         self.known[name] = [*state, time.time_ns(), digest]
         return digest
 
-    def _load(self) -> dict[str, Any]:
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return known if isinstance(known, dict) else {}
-
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Alone, and with what others found meanwhile. A folder that cannot be written costs time at every start."""
@@ -99,7 +92,7 @@ class Contents:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         try:
-            self.known |= self._load()
+            self.known |= read_object(self.path)
             yield
             with suppress(StorageError):
                 write_text(self.path, json.dumps(self.known))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hf_softpick.analysis.run_records import launches
 from hf_softpick.files import write_text
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.versions import hub_commit, versions
@@ -60,15 +61,6 @@ def hub_commits(recipe: Recipe) -> dict[str, str]:
         "tokenizer.from": hub_commit(recipe.tokenizer.from_, recipe.tokenizer.revision),
     }
     return {key: commit for key, commit in asked.items() if commit}
-
-
-def launches(path: Path) -> list[dict[str, Any]]:
-    """The launches that environment.json holds, oldest first; [] where it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["launches"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
 
 
 def trained_from(path: Path) -> dict[str, str]:

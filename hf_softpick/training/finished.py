@@ -1,9 +1,9 @@
 """A run that finished: whether its final/ is still whole, and its upload. finished.json is the record of both."""
 
-import json
 from typing import Any
 
 from hf_softpick.errors import CheckpointError
+from hf_softpick.files import read_object
 from hf_softpick.training import checkpointing, resume
 from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe
@@ -17,11 +17,8 @@ def faults(recipe: Recipe) -> list[str]:
     final = recipe.run.directory / "final"
     recorded = resume.read_finished(recipe).get("final")
     if not isinstance(recorded, dict):  # finished by an older version
-        try:
-            index = json.loads((final / "model.safetensors.index.json").read_text(encoding="utf-8"))
-            weights = set(index["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            weights = {"model.safetensors"}
+        index = read_object(final / "model.safetensors.index.json")
+        weights = set(index.get("weight_map", {}).values()) or {"model.safetensors"}
         recorded = dict.fromkeys(["config.json", *sorted(weights)])
     weights = {name: file for name, file in recorded.items() if file and name.endswith(".safetensors")}
     gone = [name for name in recorded if name not in weights and not (final / name).is_file()]

@@ -1,6 +1,5 @@
 """Where a run starts: fresh, from its newest whole checkpoint, or not at all because it is finished."""
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_softpick.data.preparing import PreparedData
 from hf_softpick.errors import CheckpointError, RecipeError, StorageError, UserError
-from hf_softpick.files import write_json
+from hf_softpick.files import read_object, write_json
 from hf_softpick.training import checkpointing, strategy
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.recipe_record import Settings, differences, read_settings, settings
@@ -72,11 +71,7 @@ def total_steps(args: TrainingArguments, rows: int, global_batch: int) -> int:
 
 def read_finished(recipe: Recipe) -> dict[str, Any]:
     """The record of the end of a run; {} where there is none that can be read."""
-    try:
-        record = json.loads((recipe.run.directory / FINISHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_object(recipe.run.directory / FINISHED)
 
 
 def save_finished(recipe: Recipe, record: dict[str, Any]) -> None:
