@@ -189,21 +189,22 @@ def _backward(
         shift = None if shift_all is None else layout.matrix(shift_all, block)
         near = layout.matrix(near_all, block)[..., 0]
         exact = _exact_numerators(x, near, kind)
-        if shift is not None:
-            x.sub_(shift)
-        x.exp2_()
         block_grad, block_delta = layout.matrix(grad, block), layout.matrix(delta, block)
         block_dk, block_dv = (d[block.n0 : block.n1, block.key0 : block.key1] for d in (dk, dv))
         values = layout.value[block.n0 : block.n1, block.key0 : block.key1]
         dx = torch.bmm(block_grad, values.transpose(1, 2), out=_view(buffer[1], *x.shape))
         if kind == "softpick":
+            # dp - delta where the score is positive, delta elsewhere: mask dp - 2 delta, then add delta everywhere.
+            # The score says its sign; 2^x - 1 is 0 for small ones.
+            torch.ops.aten.threshold_backward.grad_input(dx.sub_(2 * block_delta), x, 0.0, grad_input=dx)
+        if shift is not None:
+            x.sub_(shift)
+        x.exp2_()
+        if kind == "softpick":
             p = softpick_numerators(x, shift, _view(buffer[2], *x.shape))
             if exact is not None:
                 p[near] = exact
-            torch.relu_(p)
-            block_dv.baddbmm_(p.transpose(1, 2), block_grad)
-            # dp - delta where the score is positive, delta elsewhere: mask dp - 2 delta, then add delta everywhere
-            torch.ops.aten.threshold_backward.grad_input(dx.sub_(2 * block_delta), p, 0.0, grad_input=dx)
+            block_dv.baddbmm_(torch.relu_(p).transpose(1, 2), block_grad)
             layout.hide(x, block, 0.0)
             dx.add_(block_delta).mul_(x)
         else:
