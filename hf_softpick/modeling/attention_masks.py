@@ -173,15 +173,19 @@ def read_boundaries(
 
 
 def check_padding(mask: Tensor) -> None:
-    """Refuse a floating 2-D mask that holds anything but 0 and 1, for instance an additive one.
+    """Refuse a 2-D mask that holds anything but 0 and 1, for instance an additive one or the numbers of documents.
 
     Raises:
-        ValueError: it would be read as the opposite of what it means.
+        ValueError: it would be read as the opposite of what it means, or its documents would see each other.
     """
-    if not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any() | (mask == 0).all()):
+    if torch.compiler.is_compiling():
+        return
+    wrong = ((mask != 0) & (mask != 1)).any()
+    if bool(wrong | (mask == 0).all() if mask.is_floating_point() else wrong):
         raise ValueError(
             f"the 2-D attention_mask has dtype {mask.dtype} and is not made of ones and zeros, expected 1 for a token "
-            "and 0 for padding. Pass `attention_mask == 0` if yours is additive."
+            "and 0 for padding. Pass `attention_mask == 0` if yours is additive, and position_ids or seq_idx if it "
+            "numbers documents."
         )
 
 

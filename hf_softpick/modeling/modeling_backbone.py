@@ -133,6 +133,7 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
 
     def __init__(self, config: SoftpickConfig):
+        config.validate_architecture()  # by itself it sees no field that was changed after the configuration was made
         softmax = base_normalizer(config.normalizer) == "softmax"
         self._supports_sdpa = self._supports_flash_attn = self._supports_flex_attn = softmax
         self._supports_attention_backend = softmax
@@ -187,9 +188,18 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
         finally:
             self.config.use_cache = use_cache
         if is_main_process:
-            entry = str(Path(__file__).with_name("modeling_softpick.py"))
-            for code in (entry, *get_relative_import_files(entry)):
-                shutil.copyfile(code, Path(save_directory, Path(code).name))
+            _copy_code(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """`save_pretrained(..., push_to_hub=True)` uploads before it returns."""
+        _copy_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _copy_code(folder) -> None:
+    entry = str(Path(__file__).with_name("modeling_softpick.py"))
+    for code in (entry, *get_relative_import_files(entry)):
+        shutil.copyfile(code, Path(folder, Path(code).name))
 
 
 def _refuse_foreign(normalizer: str, implementation: str) -> None:
@@ -295,7 +305,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             offset = offset.to(device)
         padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if padding is not None:
-            if padding.is_floating_point():
+            if padding.dtype != torch.bool:
                 check_padding(padding)
             padding = padding.to(device, torch.bool)
         cached = past_key_values is not None and (isinstance(offset, Tensor) or offset > 0)

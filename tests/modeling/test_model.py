@@ -238,6 +238,11 @@ def test_inputs_embeds_stand_for_tokens():
 def test_configuration_is_checked(changes, message):
     with pytest.raises(Exception, match=message):
         SoftpickConfig(**{**SIZES, **changes})
+    config = tiny_config()
+    for name, value in changes.items():
+        setattr(config, name, value)  # as from_pretrained(..., rope_parameters=...) does
+    with pytest.raises(Exception, match=message):
+        SoftpickForCausalLM(config)
 
 
 @pytest.mark.parametrize(

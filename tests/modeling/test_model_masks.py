@@ -231,6 +231,12 @@ def test_additive_2d_mask_is_refused_not_read_as_its_opposite():
     torch.testing.assert_close(model(ids, attention_mask=torch.ones(1, 12)).logits, model(ids).logits)
 
 
+def test_a_mask_that_numbers_documents_is_refused():
+    """As packing collators make it; read as ones and zeros, its documents would see each other."""
+    with pytest.raises(ValueError, match="if it numbers documents"):
+        tiny_model()(tokens(1, 12), attention_mask=torch.tensor([[1] * 5 + [2] * 5 + [0] * 2]))
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_4d_mask_keeps_documents_and_window(window):
     """A mask of the user's own replaces causality; it must not switch off isolation or the sliding window."""

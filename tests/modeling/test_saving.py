@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import typing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tiny_softpick import (
     without_package,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils.hub import PushToHubMixin
 
 from hf_softpick import SoftpickConfig, SoftpickForCausalLM, SoftpickModel
 from hf_softpick.modeling.configuration_softpick import AS_LLAMA
@@ -53,6 +56,15 @@ def test_a_saved_folder_is_complete(tmp_path, normalizer):
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_softpick.SoftpickForCausalLM"
     assert config.get("attn_implementation") == (None if normalizer == "softmax" else normalizer)
     assert not any("/" in json.dumps(value) for value in config.values()), "a path of this machine in config.json"
+
+
+def test_an_upload_while_saving_is_complete(tmp_path, monkeypatch):
+    """transformers uploads inside save_pretrained, ahead of what we do behind it."""
+    uploaded, api = [], mock.Mock(create_repo=lambda *_, **__: mock.Mock(repo_id="me/it"))
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: api)
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", lambda *_, **__: uploaded.extend(os.listdir(tmp_path)))
+    tiny_model().save_pretrained(tmp_path, push_to_hub=True)
+    assert sorted(uploaded) == sorted(os.listdir(tmp_path)) and "modeling_softpick.py" in uploaded
 
 
 @pytest.mark.parametrize("auto", [False, True])
