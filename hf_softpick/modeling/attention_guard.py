@@ -183,8 +183,8 @@ def _choose(original: Callable, model: PreTrainedModel, attn_implementation: str
     if name is not None and attn_implementation is not None and _computes(attn_implementation) != name:
         raise ValueError(
             f"{type(model).__name__} cannot run with attn_implementation={attn_implementation!r}: these weights were "
-            f"trained with {name!r}, and it computes something else. Leave it out. To train them on with softmax, load the "
-            "configuration first, `del config.normalizer`, and pass it as config=..."
+            f"trained with {name!r}, and it computes something else. Leave it out. To train them on with softmax, load "
+            "the configuration first, `del config.normalizer`, and pass it as config=..."
         )
     return original(model, attn_implementation or name, *args, **kwargs)
 

@@ -62,7 +62,9 @@ def test_an_upload_while_saving_is_complete(tmp_path, monkeypatch):
     """transformers uploads inside save_pretrained, ahead of what we do behind it."""
     uploaded, api = [], mock.Mock(create_repo=lambda *_, **__: mock.Mock(repo_id="me/it"))
     monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: api)
-    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", lambda *_, **__: uploaded.extend(os.listdir(tmp_path)))
+    monkeypatch.setattr(
+        PushToHubMixin, "_upload_modified_files", lambda *_, **__: uploaded.extend(os.listdir(tmp_path))
+    )
     tiny_model().save_pretrained(tmp_path, push_to_hub=True)
     assert sorted(uploaded) == sorted(os.listdir(tmp_path)) and "modeling_softpick.py" in uploaded
 
