@@ -119,14 +119,19 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _name_parts(config: PreTrainedConfig, saved: dict[str, Any]) -> set[str]:
     """Write into `saved` which part runs which normalizer; the names of all."""
-    name, names = marked(config) or _computes(config._attn_implementation), set()
-    if name is not None and config.model_type != OURS:
+    name, names = _runs(config), set()
+    if name is not None:
         saved["normalizer"] = name
         names.add(name)
     for key in config.sub_configs:
         if isinstance(part := getattr(config, key, None), PreTrainedConfig) and isinstance(saved.get(key), dict):
             names |= _name_parts(part, saved[key])
     return names
+
+
+def _runs(config: PreTrainedConfig) -> str | None:
+    """The normalizer that another model than ours ran, or was loaded for."""
+    return None if config.model_type == OURS else marked(config) or _computes(config._attn_implementation)
 
 
 def _computes(attention: Any) -> str | None:
@@ -152,10 +157,9 @@ def _hook(owner: type, name: str, around: Callable) -> None:
 
 
 def _write(original: Callable, config: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True):
-    saved = json.loads(config.to_json_string(use_diff=use_diff))
-    sealed = seal(config, saved)
-    if sealed is saved:
+    if not any(_runs(part) for part in _parts(config)):
         return original(config, json_file_path, use_diff)
+    sealed = seal(config, json.loads(config.to_json_string(use_diff=use_diff)))
     path = Path(json_file_path)
     path.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for code in (__file__, *get_relative_import_files(__file__)):
@@ -163,7 +167,8 @@ def _write(original: Callable, config: PreTrainedConfig, json_file_path: str | o
 
 
 def _read(original: Callable, cls: type, json_file: str | os.PathLike) -> dict[str, Any]:
-    return unseal(original(cls, json_file))
+    saved = original(cls, json_file)
+    return unseal(saved) if isinstance(saved, dict) else saved  # what is no configuration is refused elsewhere
 
 
 def _warn(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +188,8 @@ def _choose(original: Callable, model: PreTrainedModel, attn_implementation: str
     if name is not None and attn_implementation is not None and _computes(attn_implementation) != name:
         raise ValueError(
             f"{type(model).__name__} cannot run with attn_implementation={attn_implementation!r}: these weights were "
-            f"trained with {name!r}, and it computes something else. Leave it out. To train them on with softmax, load "
-            "the configuration first, `del config.normalizer`, and pass it as config=..."
+            f"trained with {name!r}, and it computes something else. Leave it out. To train them on with softmax, "
+            "load the configuration first, `del config.normalizer`, and pass it as config=..."
         )
     return original(model, attn_implementation or name, *args, **kwargs)
 

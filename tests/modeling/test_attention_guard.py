@@ -224,3 +224,6 @@ def test_going_back_to_softmax_is_said(folders, tmp_path):
 def test_a_folder_without_a_normalizer_of_ours_is_left_alone(tmp_path):
     foreign("qwen2", "sdpa").save_pretrained(tmp_path)
     assert saved(tmp_path)["model_type"] == "qwen2" and not list(tmp_path.glob("*.py"))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="Unrecognized model"):  # as transformers says it
+        AutoConfig.from_pretrained(tmp_path)
