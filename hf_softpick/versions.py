@@ -21,11 +21,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hub_commit(name: str | None, revision: str | None = None, kind: str = "model") -> str | None:
-    """Commit of a Hub repository that was just loaded: what `revision` (a branch or tag) meant then.
+def hub_commit(name: str | None, revision: str | None = None) -> str | None:
+    """Commit of a Hub model that was just loaded: what `revision` (a branch or tag) meant then.
 
     Args:
-        name: a folder or a repository. kind: "model" or "dataset".
+        name: a folder or a repository.
 
     Returns:
         40 hexadecimal digits; None for a folder, and for a repository that is not in the Hub cache.
@@ -37,7 +37,7 @@ def hub_commit(name: str | None, revision: str | None = None, kind: str = "model
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = repo_folder_name(repo_id=name, repo_type=kind)
+    folder = repo_folder_name(repo_id=name, repo_type="model")
     try:
         with open(os.path.join(constants.HF_HUB_CACHE, folder, "refs", revision or "main"), encoding="utf-8") as file:
             return file.read().strip() or None
