@@ -1,6 +1,5 @@
 """Where a checkpoint comes from: a folder, a folder of a distributed checkpoint, or a repository on the Hub."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_softpick.conversion.dcp import DistributedStore
 from hf_softpick.errors import CheckpointError, RecipeError
+from hf_softpick.files import sha256_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -206,8 +206,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Name, size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}

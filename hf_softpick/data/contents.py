@@ -1,6 +1,5 @@
 """What files hold, by a digest of every byte, and no file read twice for it. Knows no documents."""
 
-import hashlib
 import json
 import os
 import time
@@ -12,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from hf_softpick.errors import DataError, StorageError
-from hf_softpick.files import read_object, write_text
+from hf_softpick.files import read_object, sha256_of, write_text
 
 _TICK = 2_000_000_000
 """Nanoseconds within which two changes of a file may get the same time."""
@@ -73,7 +72,7 @@ class Contents:
     def _read(self, file: Path) -> str:
         try:
             name, state = _state(os.stat(file))
-            digest = _sha256(file)
+            digest = sha256_of(file)
             is_same = (name, state) == _state(os.stat(file))
         except OSError as error:
             raise DataError(
@@ -98,14 +97,6 @@ class Contents:
                 write_text(self.path, json.dumps(self.known))
         finally:
             lock.release()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _state(stat: os.stat_result) -> tuple[str, list[int]]:

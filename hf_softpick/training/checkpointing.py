@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hf_softpick.errors import CheckpointError, StorageError
-from hf_softpick.files import clear, sync, umask
+from hf_softpick.files import clear, sha256_of, sync, umask
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -38,15 +38,6 @@ def staging_directory(root: Path, step: int) -> Path:
 def checkpoint_directory(root: Path, step: int) -> Path:
     """The final place of the checkpoint of `step`."""
     return root / f"checkpoint-{step}"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def record_files(directory: Path) -> dict[str, dict[str, Any]]:

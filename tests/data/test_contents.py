@@ -61,7 +61,7 @@ def test_folder_that_cannot_be_written(file, tmp_path):
 
 
 def test_file_that_changes_or_is_not_there(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "_sha256", lambda name: name.write_bytes(b"longer than before"))
+    monkeypatch.setattr(contents, "sha256_of", lambda name: name.write_bytes(b"longer than before"))
     with pytest.raises(DataError, match=r"a.txt changes while it is read"):
         Contents(tmp_path).digests([file])
     monkeypatch.undo()
