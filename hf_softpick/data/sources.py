@@ -83,7 +83,9 @@ def _pattern(path: Path, settings: SourceSettings) -> Source:
     for name in sorted(glob.glob(str(path), recursive=True)):
         file = Path(name)
         if not file.is_file():
-            if "**" not in settings.path:
+            if not file.is_dir():
+                doubts.setdefault("passed over, as it is no file, or a link to none", []).append(name)
+            elif "**" not in settings.path:
                 doubts.setdefault("passed over, as only ** reads folders", []).append(name)
         elif kind_of(file):
             found.setdefault(file.resolve(), file)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_softpick.data.settings import TokenizerSettings
 from hf_softpick.data.sources import Source
 from hf_softpick.data.special_tokens import hide_special_tokens
-from hf_softpick.errors import DataError
+from hf_softpick.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -123,6 +123,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
 
     Raises:
         DataError: something in it cannot be written, or its own class overrules this when it is loaded again.
+        StorageError: no space for it.
     """
     from tokenizers import processors
     from transformers import AutoTokenizer
@@ -143,6 +144,10 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSett
         tokenizer.save_pretrained(folder)
     except (TypeError, ValueError) as error:
         raise DataError(f"tokenizer '{settings.from_ or 'train_bpe'}' cannot be saved: {error}") from error
+    except Exception as error:
+        if "(os error " not in str(error):  # what `tokenizers` makes of a full disk is no OSError
+            raise
+        raise StorageError(f"{folder} cannot be written: {error}. Make room, or set data.cache_dir.") from error
     if not _prompt_is_right(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), settings):
         raise DataError(
             f"tokenizer '{settings.from_ or 'train_bpe'}' cannot be saved so that a prompt starts "

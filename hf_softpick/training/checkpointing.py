@@ -21,6 +21,8 @@ from hf_softpick.files import clear, sha256_of, sync, umask
 MANIFEST = "manifest.json"
 FORMAT = 2
 """1, of older versions, is read too: it has no digest of the manifest itself."""
+_FACTS: dict[str, type] = {"step": int, "world_size": int, "global_batch": int, "data": str, "strategy": str}
+_FACTS |= {"recipe": dict, "changes": list, "consecutive_skips": int}
 
 
 def is_storage_fault(error: Exception) -> bool:
@@ -106,6 +108,8 @@ def verify(directory: Path) -> list[str]:
         return [f"{MANIFEST} has format {version}, this version reads {FORMAT}"]
     if version == FORMAT and manifest.get("digest") != _digest(manifest):
         return [f"{MANIFEST} is not as it was written"]
+    if wrong := [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name, kind()), kind)]:
+        return [f"{MANIFEST} has no {wrong[0]} that a resume can read"]
     faults = file_faults(directory, manifest["files"])
     return faults or [f"{name}, which a resume needs, was never written" for name in _lacking(directory, manifest)]
 
@@ -127,7 +131,8 @@ def _lacking(directory: Path, manifest: dict[str, Any]) -> list[str]:
         if index in names:
             weights = sorted(set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values()))
         lacking, needed = [], [*needed, *weights, "optimizer.pt"]
-        if manifest.get("recipe", {}).get("settings", {}).get("training.fp16"):
+        said = manifest.get("recipe", {}).get("settings")
+        if isinstance(said, dict) and said.get("training.fp16"):
             needed += ["scaler.pt"]
     return lacking + [name for name in needed if name not in names]
 

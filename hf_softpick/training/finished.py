@@ -20,7 +20,9 @@ def faults(recipe: Recipe) -> list[str]:
         index = read_object(final / "model.safetensors.index.json")
         weights = set(index.get("weight_map", {}).values()) or {"model.safetensors"}
         recorded = dict.fromkeys(["config.json", *sorted(weights)])
-    weights = {name: file for name, file in recorded.items() if file and name.endswith(".safetensors")}
+    weights = {
+        name: file for name, file in recorded.items() if isinstance(file, dict) and name.endswith(".safetensors")
+    }
     gone = [name for name in recorded if name not in weights and not (final / name).is_file()]
     return [f"{name} is missing" for name in gone] + checkpointing.file_faults(final, weights)
 

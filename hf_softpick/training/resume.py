@@ -37,7 +37,7 @@ def finished_step(recipe: Recipe) -> int | None:
     run, record = recipe.run.directory, read_finished(recipe)
     try:
         step, old = int(record["step"]), read_settings(record, run)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     new = settings(recipe)
     changes = differences(old, new)
@@ -137,7 +137,7 @@ def check_resume(
         batch, step, before, processes = (
             manifest[name] for name in ("global_batch", "step", "strategy", "world_size")
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / checkpointing.MANIFEST} lacks {error}. Restore or remove it.") from error
     new = settings(recipe)
     changes = differences(old, new)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -357,6 +358,17 @@ def test_cache_folder_that_cannot_be_filled(tmp_path, place, message):
     with pytest.raises(StorageError, match=message):
         build_once(tmp_path / "packed", build, Contents(tmp_path))
     assert not (tmp_path / "packed").exists()
+
+
+def test_full_disk_below_the_tokenizer(data):
+    """The package tokenizers raises nothing more exact than Exception."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(StorageError, match="tokenizer cannot be written: File too large"):
+            prepare(data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_tokenizer_that_lost_tokens(data):

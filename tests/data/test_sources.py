@@ -152,6 +152,8 @@ def test_every_file_passed_over_is_named(tmp_path):
     assert (
         "are read: " in pattern and "b.csv" in pattern and "only ** reads folders: " in pattern and "_sub" in pattern
     )
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    assert "a link to none: " in notices(tmp_path / "**" / "*") and "gone.txt" in notices(tmp_path / "**" / "*")
 
 
 def test_option_without_effect_is_refused(tmp_path):

@@ -83,6 +83,19 @@ def test_broken_manifest_is_no_manifest(root, content):
     assert checkpointing.find_newest(root, lambda _: None) == root / "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", "4"), ("data", None), ("world_size", [1]), ("recipe", 3), ("changes", {})]
+)
+def test_manifest_that_no_run_writes(root, name, value):
+    """Made by hand, or by an older version and spoilt since: whole by its digest, and of no use."""
+    checkpointing.write_manifest(
+        root / "checkpoint-4", {**checkpointing.read_manifest(root / "checkpoint-4"), name: value}
+    )
+    warnings: list[str] = []
+    assert checkpointing.find_newest(root, warnings.append) == root / "checkpoint-2"
+    assert f"no {name} that a resume can read" in warnings[0]
+
+
 def test_torn_writes_are_never_taken(root):
     """Every prefix of the files in writing order, as a crash leaves them in the staging folder or in place."""
     whole = root / "checkpoint-4"

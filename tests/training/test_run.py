@@ -1,6 +1,7 @@
 """Whole runs through the command line: what is left behind, how they end, and that stopping them changes nothing."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -316,8 +317,10 @@ def test_relaunch_goes_on_counting_refused_updates(folder, capsys):
         assert "4 updates in a row" in capsys.readouterr().err
 
 
-def test_spoilt_record_of_the_end_is_not_a_traceback(copied):
+def test_spoilt_record_of_the_end_is_not_a_traceback(control, copied):
     """Whatever is in finished.json, the checkpoints say where the run is."""
-    for text in ("{}", "[]", "3", "\x00"):
+    record = json.loads((control[1] / "finished.json").read_text())
+    forged = [record | {"step": math.inf}, record | {"final": {"model.safetensors": 3}}]
+    for text in ("{}", "[]", "3", "\x00", *map(json.dumps, forged)):
         (copied[0] / "finished.json").write_text(text)
         assert copied[1]() == 0
