@@ -128,7 +128,8 @@ def _schedule(toy: PreTrainedModel, args: TrainingArguments) -> None:
     scheduler = trainer.create_scheduler(steps, torch.optim.SGD(toy.parameters(), args.learning_rate))
     for factor in getattr(scheduler, "lr_lambdas", ()):
         # Warm-up, plateau and decay read their keywords when they are reached.
-        assert all(math.isfinite(factor(steps * part // 8)) for part in range(9)), "the learning rate is not finite"
+        if not all(math.isfinite(factor(steps * part // 8)) for part in range(9)):
+            raise ValueError("the learning rate is not finite")
 
 
 def _optimize(toy: PreTrainedModel, args: TrainingArguments) -> str | None:
