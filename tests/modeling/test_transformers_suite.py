@@ -21,6 +21,7 @@ NO_SDPA = "sdpa computes softmax, so these normalizers are refused there by name
 REFUSED = {
     "test_can_set_attention_dynamically": (("softpick", "scaled_softpick"), NO_SDPA),
     "test_sdpa_can_dispatch_non_composite_models": (NORMALIZERS, "the default is auto, never sdpa"),
+    "test_model_rope_scaling_from_config_1_dynamic": (NORMALIZERS, "a document would depend on its company"),
     # An error that torch raises by name: head_scale is float32 beside the bfloat16 weights of its own module.
     "test_fsdp2_bf16_training": (("scaled_softpick",), "FSDP2 wants one dtype in a module"),
 }
