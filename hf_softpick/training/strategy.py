@@ -1,14 +1,24 @@
 """How the work is spread over processes: what was asked for, what is in force, and an error where they differ."""
 
+import contextlib
 import copy
+import logging
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_softpick.errors import RecipeError
+
+logger = logging.getLogger(__name__)
+
+_LOADING = 10
+"""Seconds after which the lock of an extension is no longer that of another rank of this launch that loads it."""
 
 
 def asked_for(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -33,6 +43,21 @@ def check_launch(asked: Mapping[str, str], environment: Mapping[str, str]) -> No
             "it with: deepspeed --module hf_softpick.train ..., or: accelerate launch --config_file "
             "recipes/accelerate/zero3.yaml -m hf_softpick.train ..."
         )
+    if "deepspeed" in asked and is_main():
+        _warn_of_locks(Path(environment.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+
+
+def _warn_of_locks(root: Path) -> None:
+    """Whoever is killed while it loads an extension of DeepSpeed leaves a lock, and the next one waits forever."""
+    for lock in (*root.glob("deepspeed*/lock"), *root.glob("*/deepspeed*/lock")):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime <= _LOADING:
+                continue
+            logger.warning(
+                "%s exists, and DeepSpeed waits without a word until it is gone. If no other process builds there "
+                "now, one that was killed has left it: remove it.",
+                lock,
+            )
 
 
 def check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
