@@ -37,10 +37,15 @@ class SoftpickConfig(LlamaConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Llama's tensor parallel plan; a rank holds the `head_scale` of its own heads, as tensors of its own."""
-        plan = LlamaConfig.base_model_tp_plan
+        plan = vars(self).get("base_model_tp_plan", LlamaConfig.base_model_tp_plan)
         if not self.normalizer.startswith("scaled_"):
             return plan
         return {**plan, "layers.*.self_attn.head_scale": "colwise", "layers.*.self_attn": "local_params"}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """transformers 5.17 adds tied embeddings to the plan. It is never saved."""
+        vars(self)["base_model_tp_plan"] = plan
 
     def validate_architecture(self):
         """Part of `@strict` validation; runs by itself."""
