@@ -16,6 +16,7 @@ REQUIRES = [
     "huggingface_hub>=1.0",
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "psutil>=5.9",
     "pyarrow>=17",
     "pydantic>=2.11,<3",
     "ruamel.yaml>=0.18",

@@ -11,9 +11,11 @@ INTERRUPTED = 130
 
 
 def quiet_imports() -> None:
-    """torchao reports extensions for other machines than this one, torch the old calls that torchao makes."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """torchao and bitsandbytes report extensions for other machines than this one, torch the old calls that torchao
+    makes, DeepSpeed that there is no GPU, whether it is used or not."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def exit_code(command: Callable[[], int | None], debug: bool = False, interrupted: str = "interrupted") -> int:

@@ -116,6 +116,9 @@ def load_model(
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason += " If you have read and trust it, give --trust-remote-code."
         raise CheckpointError(f"{source} cannot be loaded: {type(error).__name__}: {reason}") from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        # Without files some classes make a tokenizer that knows nothing.
+        raise CheckpointError(f"{source} has no tokenizer. Save the one that the model was trained with beside it.")
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -7,7 +7,8 @@ from .normalizers import NORMALIZERS
 
 # Our fields, at the values with which Llama's classes compute the same.
 AS_LLAMA = {"normalizer": "softmax", "sliding_window": None}
-NOTE = "for SoftpickForCausalLM, not for Llama's classes: import hf_softpick, or load with trust_remote_code=True"
+NOTE = "for AutoModelForCausalLM after `import hf_softpick`, or with trust_remote_code=True; Llama's classes would "
+NOTE += "compute something else"
 
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 

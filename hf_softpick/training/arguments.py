@@ -55,7 +55,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
             deepspeed.init_distributed(dist_backend=args.distributed_state.backend, auto_mpi_discovery=False)
     except (ValueError, TypeError, ImportError, RuntimeError, FileNotFoundError) as error:
-        raise RecipeError(f"training: {error}") from error
+        port = ". Another launch has that port: deepspeed --master_port N, accelerate launch --main_process_port N."
+        raise RecipeError(f"training: {error}{port if 'EADDRINUSE' in str(error) else ''}") from error
     return args
 
 

@@ -192,11 +192,13 @@ def _machine_warnings(recipe: Recipe, given: dict[str, Any], memory: Memory | No
         cores = os.cpu_count() or 1
         if os.environ.get("OMP_NUM_THREADS") == "1" and os.environ.get("WORLD_SIZE", "1") == "1" and cores > 1:
             yield f"one thread on {cores} cores (accelerate's default); launch with OMP_NUM_THREADS={cores}."
-        for name in ("bf16", "fp16"):
-            if given.get(name):
-                yield f"training.{name} is true and there is no GPU: on most CPUs this is slower than float32."
+        if given.get("bf16"):
+            yield "training.bf16 is true and there is no GPU: on most CPUs this is slower than float32."
+        needs = "needs a GPU, and there is none here: this run would refuse to start."
+        if given.get("fp16"):
+            yield f"training.fp16 {needs}"
         if recipe.model.attn_implementation in GPU_ONLY:
-            yield f"model.attn_implementation is '{recipe.model.attn_implementation}' and there is no GPU."
+            yield f"model.attn_implementation '{recipe.model.attn_implementation}' {needs}"
     for name in ("deepspeed", "fsdp_config", "accelerator_config"):
         path = given.get(name)
         if isinstance(path, str) and not os.path.isfile(path):

@@ -19,12 +19,14 @@ def sample_texts(
 ) -> list[dict[str, str]]:
     """One continuation for each prompt, drawn with temperature 0.8 out of the 50 likeliest tokens.
 
-    The same for the same weights and seed; the random state of training is left as it was.
+    It ends where the model has no more positions. The same for the same weights and seed; the random state of training
+    is left as it was.
 
     Returns:
         {"prompt": ..., "text": prompt and continuation}, in the order of the prompts.
     """
     training = model.training
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     model.eval()
     samples = []
     try:
@@ -35,10 +37,11 @@ def sample_texts(
                 if tokenizer.bos_token_id is not None and (add_bos or not ids):
                     ids = [tokenizer.bos_token_id, *ids]
                 inputs = torch.tensor([ids], device=model.device)
+                new_tokens = min(max_new_tokens, max(longest - len(ids), 1)) if longest else max_new_tokens
                 output = model.generate(
                     inputs,
                     attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=new_tokens,
                     do_sample=True,
                     temperature=0.8,
                     top_k=50,

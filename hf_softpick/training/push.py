@@ -50,7 +50,7 @@ def push(final: Path, repo_id: str, private: bool = True, revision: str | None =
     size = sum(path.stat().st_size for path in files) / 2**20
     limit = PATIENCE + size
     print(
-        f"Uploading {len(files)} files ({size:,.1f} MiB) of {final} to {repo_id}; given up after {limit:.0f} seconds.",
+        f"Uploading {len(files)} files ({size:,.1f} MiB) of {final} to {repo_id}, in at most {limit:.0f} seconds.",
         flush=True,
     )
     try:

@@ -6,6 +6,7 @@ Each check runs the code that training would run, so that it needs no list of wh
 import copy
 import io
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,11 @@ def _load(args: TrainingArguments) -> None:
 def _report(args: TrainingArguments) -> None:
     for callback in get_reporting_integration_callbacks(args.report_to):
         callback()
+    if "wandb" in args.report_to and args.process_index == 0:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise ValueError("there is no login. Run `wandb login`, or set WANDB_MODE=offline")
 
 
 def _checkpoint(args: TrainingArguments) -> None:

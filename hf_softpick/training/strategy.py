@@ -2,23 +2,18 @@
 
 import contextlib
 import copy
-import logging
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from hf_softpick.errors import RecipeError
-
-logger = logging.getLogger(__name__)
-
-_LOADING = 10
-"""Seconds after which the lock of an extension is no longer that of another rank of this launch that loads it."""
 
 
 def asked_for(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -36,28 +31,35 @@ def asked_for(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> d
 
 
 def check_launch(asked: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    """Refuse what cannot start: DeepSpeed in a process that no launcher made one of a group."""
+    """Refuse what cannot start: DeepSpeed in a process without a launcher, or after a killed build."""
     if "deepspeed" in asked and "RANK" not in environment:
         raise RecipeError(
             f"DeepSpeed was asked for by {asked['deepspeed']}, but one process without a launcher is in force. Start "
             "it with: deepspeed --module hf_softpick.train ..., or: accelerate launch --config_file "
             "recipes/accelerate/zero3.yaml -m hf_softpick.train ..."
         )
-    if "deepspeed" in asked and is_main():
-        _warn_of_locks(Path(environment.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+    if "deepspeed" in asked:
+        _check_builds()
 
 
-def _warn_of_locks(root: Path) -> None:
-    """Whoever is killed while it loads an extension of DeepSpeed leaves a lock, and the next one waits forever."""
-    for lock in (*root.glob("deepspeed*/lock"), *root.glob("*/deepspeed*/lock")):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime <= _LOADING:
-                continue
-            logger.warning(
-                "%s exists, and DeepSpeed waits without a word until it is gone. If no other process builds there "
-                "now, one that was killed has left it: remove it.",
-                lock,
-            )
+def _check_builds() -> None:
+    """Refuse to wait for ever: torch builds DeepSpeed's operators behind a lock file, which a killed build leaves.
+
+    Raises:
+        RecipeError: no process of this machine holds one of these locks.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = {*root.glob("*/lock"), *root.glob("*/*/lock")}
+    for process in psutil.process_iter() if locks else ():
+        with contextlib.suppress(psutil.Error):
+            locks -= {Path(file.path) for file in process.open_files()}
+    if locks:
+        time.sleep(1)  # between its last two calls a build holds a lock no longer that is still there
+    if locks := sorted(path for path in locks if path.exists()):
+        raise RecipeError(
+            f"{', '.join(map(str, locks))} was left by a killed build of an extension, and DeepSpeed would wait for "
+            "it without end. Delete it, unless another machine is building in that folder now."
+        )
 
 
 def check_precision(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> None:

@@ -50,6 +50,9 @@ class SoftpickTrainer(Trainer):
     ) -> None:
         self.stop = StopRequest()
         super().__init__(**kwargs)
+        if tied := getattr(self.model, "all_tied_weights_keys", None):
+            # A tied head is not saved; without this, transformers warns at every resume that it is missing.
+            self.model._keys_to_ignore_on_save = set(tied)
         self.metrics = metrics
         self.guard = SkipGuard(max_consecutive_skips)
         self.manifest_facts = manifest_facts or {}

@@ -1,6 +1,7 @@
 """What a measuring command takes for a model, and what it says of everything else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,3 +90,11 @@ def test_a_normalizer_that_never_runs_is_not_measured(tmp_path, family):
     else:
         with pytest.raises(CheckpointError, match=f"{tmp_path}: .*cannot run with normalizer 'softpick'"):
             load_model(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(run, tmp_path):
+    """transformers makes one that knows no token, and every text would be empty."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / "final" / name, tmp_path)
+    with pytest.raises(CheckpointError, match="has no tokenizer|cannot be loaded.*tokenizer"):
+        load_model(tmp_path)

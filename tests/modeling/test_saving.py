@@ -224,7 +224,7 @@ def test_llama_takes_only_what_it_computes_alike(tmp_path):
             if fields == VANILLA:
                 close(LlamaForCausalLM.from_pretrained(tmp_path, **choice)(ids).logits, model(ids).logits)
             else:
-                with pytest.raises(ValueError, match="for SoftpickForCausalLM, not for Llama's classes"):
+                with pytest.raises(ValueError, match="for AutoModelForCausalLM after `import hf_softpick`"):
                     LlamaForCausalLM.from_pretrained(tmp_path, **choice)
         close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
         assert not hasattr(SoftpickConfig(**model.config.to_dict()), "transformers_weights")

@@ -1,7 +1,6 @@
 """What decides the precision of a run: the recipe alone. Whatever says otherwise is an error."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from training_runs import write_recipe
 
 from hf_softpick.errors import RecipeError
 from hf_softpick.train import main
-from hf_softpick.training.strategy import check_launch, check_precision, use_float32_weights
+from hf_softpick.training.strategy import check_precision, use_float32_weights
 
 STAGE = {"zero_optimization": {"stage": 3}}
 ON, OFF = {"enabled": True}, {"enabled": False}
@@ -127,17 +126,3 @@ def test_export_dtype_of_several_files(tmp_path, family):
     assert next(v for k, v in load_file(tmp_path / shard).items() if k.endswith("order")).tolist() == [257]
     loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert loaded.dtype == torch.float16 and not found["missing_keys"]
-
-
-@pytest.mark.parametrize("folder", ["", "py311_cpu"])
-def test_lock_that_a_killed_process_left(tmp_path, caplog, folder):
-    """DeepSpeed would wait for it forever, and say nothing."""
-    lock = tmp_path / folder / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    launched = {"RANK": "0", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    lock.touch()
-    check_launch({"deepspeed": "the recipe"}, launched)
-    assert not caplog.text
-    os.utime(lock, (0, 0))
-    check_launch({"deepspeed": "the recipe"}, launched)
-    assert f"{lock} exists" in caplog.text and "remove it" in caplog.text

@@ -91,6 +91,18 @@ def test_what_works_is_not_refused():
     rehearsal.rehearse(SETTINGS, _arguments(torch_compile=True, torch_compile_backend="eager"))
 
 
+def test_wandb_needs_a_login(tmp_path, monkeypatch):
+    for name in ("HOME", "WANDB_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    args = TrainingArguments(use_cpu=True, report_to="wandb")
+    with pytest.raises(RecipeError, match="report_to .*there is no login. Run `wandb login`, or set WANDB_MODE"):
+        rehearsal.rehearse(SETTINGS, args)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rehearsal.rehearse(SETTINGS, args)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """A recipe whose data is missing, which would be exit code 3."""

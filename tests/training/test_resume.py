@@ -298,6 +298,14 @@ def test_a_lower_learning_rate_saves_a_run_that_diverged(halfway, whole, capsys)
     assert _weights(run) == _weights(whole)
 
 
+def test_a_tied_head_is_not_missed(folder, tmp_path, capsys, caplog):
+    command = _command(folder, tmp_path)
+    for steps in (1, 2):
+        assert command("model.tie_word_embeddings=true", "training.save_steps=1", f"training.max_steps={steps}") == 0
+    assert "Resuming" in capsys.readouterr().out
+    assert "missing keys" not in caplog.text
+
+
 def test_changed_intervals_take_effect(halfway):
     """They came back from trainer_state.json."""
     run, call = halfway

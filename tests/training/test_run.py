@@ -15,8 +15,9 @@ import torch
 from filelock import FileLock
 from training_runs import environment, losses, records, start, train, write_recipe
 
+from hf_softpick.errors import RecipeError
 from hf_softpick.train import main
-from hf_softpick.training import checkpointing
+from hf_softpick.training import checkpointing, strategy
 
 STEPS = ["training.max_steps=60", "training.save_steps=20"]
 
@@ -233,6 +234,18 @@ def test_deepspeed_without_a_launcher_is_an_error(folder, capsys):
     zero3 = Path(__file__).parents[2] / "recipes" / "deepspeed" / "zero3.json"
     assert main([str(folder / "recipe.yaml"), "run.name=alone", f"training.deepspeed={zero3}"]) == 2
     assert "one process without a launcher is in force" in capsys.readouterr().err
+
+
+def test_a_killed_build_is_not_waited_for(tmp_path, monkeypatch):
+    """torch waits for the lock of another build as long as the file is there, whoever left it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    with lock.open("w"):
+        strategy.check_launch({"deepspeed": "x"}, {"RANK": "0"})
+    with pytest.raises(RecipeError, match="deepspeed_shm_comm/lock was left by a killed build.*Delete it"):
+        strategy.check_launch({"deepspeed": "x"}, {"RANK": "0"})
+    strategy.check_launch({}, {"RANK": "0"})
 
 
 @pytest.mark.parametrize("name", ["triton", "triton_fast"])
