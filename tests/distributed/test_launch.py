@@ -132,6 +132,25 @@ def test_zero3_proves_a_model_of_another_architecture(tmp_path):
     assert sharded == pytest.approx(whole, abs=1e-5) and len(whole) == 2
 
 
+@pytest.mark.slow
+def test_changed_settings_take_effect_under_zero3(folder, zero3, alone):
+    """ZeRO restores the optimizer's settings in its own way; the next steps must be those of one process."""
+    name = "changed"
+    new = "learning_rate=3e-3 weight_decay=0.5 adam_beta1=0.5 max_grad_norm=0.1 max_steps=7".split()
+    changed = [f"training.{setting}" for setting in new]
+    expected = shutil.copytree(alone, folder / "one" / name)
+    root = f"run.root={expected.parent}"
+    assert main([str(folder / "recipe.yaml"), f"run.name={name}", root, *STEPS, *changed]) == 0
+    run = shutil.copytree(zero3, folder / "runs" / name)
+    arguments = [folder / "recipe.yaml", f"run.name={name}", *HALF, *STEPS, *changed]
+    done = run_command(*accelerate("zero3.yaml", "-m", "hf_softpick.train", *arguments))
+    assert done.returncode == 0, done.stderr
+    assert "training.learning_rate: 0.01 -> 0.003" in done.stdout
+    assert len(losses(run)) == 7 and losses(run) == pytest.approx(losses(expected), abs=1e-5)
+    rates = [[record["learning_rate"] for record in records(each) if "loss" in record] for each in (run, expected)]
+    assert rates[0] == pytest.approx(rates[1]) and rates[0][5] < 1e-3
+
+
 def test_deepspeed_launcher_resumes_zero3(folder, zero3, alone):
     """The deepspeed launcher, going on from step 2 of accelerate's run."""
     run = shutil.copytree(zero3, folder / "runs" / "deepspeed")
