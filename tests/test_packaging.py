@@ -200,7 +200,8 @@ def test_version_is_in_one_place(wheel):
 def test_imports_are_declared():
     required, extras = _requirements()
     for name, path in _imported(ROOT / "hf_softpick"):
-        if name in sys.stdlib_module_names or name in ("hf_softpick", "softpick_attention"):
+        # compression is in the standard library from Python 3.14 on.
+        if name in sys.stdlib_module_names or name in ("hf_softpick", "softpick_attention", "compression"):
             continue
         distribution = DISTRIBUTIONS.get(name, name)
         assert distribution in required | extras, f"{path.name} imports {name}, which setup.py does not name"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from transformers import TrainingArguments
 
 from hf_softpick.errors import RecipeError
@@ -68,8 +67,7 @@ def _section(section: BaseModel, prefix: str) -> Iterator[tuple[str, tuple[Any, 
             for index, item in enumerate(items):
                 yield from _section(item, f"{path}.{index}." if value is items else f"{path}.")
         else:
-            default = field.get_default(call_default_factory=True)
-            yield path, (value, None if default is PydanticUndefined else default)
+            yield path, (value, None if field.is_required() else field.get_default(call_default_factory=True))
 
 
 def _new_model(recipe: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
