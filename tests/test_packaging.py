@@ -21,7 +21,7 @@ SKIP = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-inf
 NAMES = ("softpick_attention", "hf_softpick")
 
 # Import names whose distribution is called otherwise.
-DISTRIBUTIONS = {"ruamel": "ruamel.yaml", "annotated_types": "annotated-types"}
+DISTRIBUTIONS = {"backports": "backports.zstd", "ruamel": "ruamel.yaml", "annotated_types": "annotated-types"}
 
 
 def _requirements():
