@@ -13,9 +13,9 @@ import sys
 import torch
 from measure import alternate, quantile, ratio, record
 
-from hf_softpick.modeling.attention_dense import dense_attention
-from hf_softpick.modeling.attention_masks import visible_keys
+from hf_softpick.modeling.attention_eager import dense_attention
 from hf_softpick.modeling.attention_tiled import tiled_attention
+from hf_softpick.modeling.visibility import visible_keys
 
 SHAPES = [(1, 12, 512, 64), (1, 12, 1024, 64), (1, 12, 2048, 64), (8, 4, 256, 64), (1, 8, 2048, 128)]
 SDPA_LIMIT, DENSE_LIMIT, MEMORY_LIMIT = 1.6, 6.0, 1.5

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hf_softpick.modeling.attention_blocks import BLOCK_ELEMENTS, BLOCK_ROWS, Block, Layout
 from hf_softpick.modeling.attention_inputs import explicit_mask
-from hf_softpick.modeling.attention_masks import VisibleKeys
 from hf_softpick.modeling.attention_tiled import LOG2E, row_shift, softpick_numerators
 from hf_softpick.modeling.normalizers import SOFTPICK_EPS, base_normalizer
+from hf_softpick.modeling.visibility import VisibleKeys
 
 TILE = BLOCK_ROWS
 GPU_ELEMENTS = 1 << 25

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from hf_softpick.analysis.attention_rows import AttentionCall
-from hf_softpick.modeling.attention_masks import VisibleKeys, visible_keys
-from hf_softpick.modeling.attention_softpick import UNSUPPORTED, check_mask, visible_of_call
+from hf_softpick.modeling.attention_interface import UNSUPPORTED, check_mask, visible_of_call
 from hf_softpick.modeling.normalizers import NORMALIZERS
+from hf_softpick.modeling.visibility import VisibleKeys, visible_keys
 
 PARTS = ("hidden", "attention", "mlp")
 _ATTENTION = re.compile(r"attn|attention")

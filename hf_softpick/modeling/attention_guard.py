@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .attention_softpick import register_attention
+from .attention_interface import register_attention
 from .normalizers import NORMALIZERS
 
 logger = logging.get_logger(__name__)

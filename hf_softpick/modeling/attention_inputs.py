@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .attention_masks import VisibleKeys
+from .visibility import VisibleKeys
 
 # Differs for every copy of this file, so that the operators of Hub code never replace the package's. Hashed, because
 # the module of Hub code is named after its folder, with any character in it.

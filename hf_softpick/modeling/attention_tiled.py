@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from .attention_blocks import Block, Layout
-from .attention_dense import dense_attention
+from .attention_eager import dense_attention
 from .attention_inputs import OPERATORS, check_inputs, explicit_mask
-from .attention_masks import VisibleKeys
 from .normalizers import SOFTPICK_EPS, base_normalizer
+from .visibility import VisibleKeys
 
 LOG2E = 1.0 / math.log(2.0)
 # Rows are shifted by their maximum only beyond 2^40: below it nothing can overflow in float32, and a pass is saved.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .attention_inputs import OPERATORS, check_inputs, explicit_mask
-from .attention_masks import VisibleKeys
 from .normalizers import base_normalizer
+from .visibility import VisibleKeys
 
 try:
     from softpick_attention import INTERPRET, Visible, attention_backward, attention_forward

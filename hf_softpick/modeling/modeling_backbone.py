@@ -28,12 +28,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_foreign import runs_in_engine, softmax_mask
-from .attention_masks import VisibleKeys, check_padding, document_starts, read_boundaries, visible_keys
-from .attention_softpick import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
+from .attention_interface import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
 from .attention_triton import TRITON, refuse
 from .configuration_softpick import SoftpickConfig
 from .normalizers import NORMALIZERS, base_normalizer
+from .softmax_masks import runs_in_engine, softmax_mask
+from .visibility import VisibleKeys, check_padding, document_starts, read_boundaries, visible_keys
 
 INITIAL_HEAD_SCALE = 0.3
 _HEADS = ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification")

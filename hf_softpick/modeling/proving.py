@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_softpick import attention_forward
+from .attention_interface import attention_forward
 
 LENGTH, FIRST = 13, 5  # a row, and the first of its two documents; nothing else in a model has 13 elements
 _WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "sparse", "dense"}

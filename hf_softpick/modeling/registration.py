@@ -1,7 +1,7 @@
 """Entries in transformers' registries. Not part of the Hub code of checkpoints."""
 
 from .attention_guard import install
-from .attention_softpick import register_attention
+from .attention_interface import register_attention
 
 
 def register_all() -> None:

@@ -20,7 +20,7 @@ from hf_softpick.data.collating import PackedCollator
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.errors import RecipeError, Stopped, StorageError
 from hf_softpick.files import write_text
-from hf_softpick.modeling.attention_softpick import resolve_auto
+from hf_softpick.modeling.attention_interface import resolve_auto
 from hf_softpick.training import environment, finalize, finished, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
 from hf_softpick.training.build import build_model

@@ -22,8 +22,8 @@ from hf_softpick import SoftpickConfig, SoftpickForCausalLM
 from hf_softpick.analysis.attention_rows import AttentionRows
 from hf_softpick.analysis.attention_statistics import AttentionStatistics, documents_of
 from hf_softpick.analysis.statistics import ModelStatistics, measure
-from hf_softpick.modeling.attention_masks import visible_keys
 from hf_softpick.modeling.normalizers import NORMALIZERS
+from hf_softpick.modeling.visibility import visible_keys
 
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 GQA = dict(num_key_value_heads=2)

@@ -17,9 +17,9 @@ from training_runs import losses, write_recipe, write_text
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from hf_softpick.modeling import attention_triton
-from hf_softpick.modeling.attention_masks import visible_keys
 from hf_softpick.modeling.attention_tiled import tiled_attention
 from hf_softpick.modeling.attention_triton import triton_attention
+from hf_softpick.modeling.visibility import visible_keys
 from hf_softpick.train import main
 
 KERNELS = Path(__file__).parents[2] / "kernels/softpick_attention/torch-ext"

@@ -2,8 +2,8 @@
 
 import torch
 
-from hf_softpick.modeling.attention_masks import visible_keys
 from hf_softpick.modeling.normalizers import SOFTPICK_EPS, reference_attention
+from hf_softpick.modeling.visibility import visible_keys
 
 CPU = torch.device("cpu")
 BASES = ["softpick", "softmax", "rectified_softmax"]

@@ -9,8 +9,8 @@ from attention_cases import BASES, CPU, inputs, run, seen
 from torch.testing import assert_close
 
 from hf_softpick.modeling import attention_tiled
-from hf_softpick.modeling.attention_masks import VisibleKeys, visible_keys
 from hf_softpick.modeling.attention_tiled import tiled_attention
+from hf_softpick.modeling.visibility import VisibleKeys, visible_keys
 
 LAYOUTS = {
     "heads_last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -145,7 +145,7 @@ def test_wrong_dtypes_and_names_are_refused():
 
 MEMORY = """
 import torch
-from hf_softpick.modeling.attention_masks import visible_keys
+from hf_softpick.modeling.visibility import visible_keys
 from hf_softpick.modeling.attention_tiled import tiled_attention
 
 def peak():

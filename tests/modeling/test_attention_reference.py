@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_softpick.modeling.attention_dense import dense_attention
-from hf_softpick.modeling.attention_masks import visible_keys
+from hf_softpick.modeling.attention_eager import dense_attention
 from hf_softpick.modeling.normalizers import NORMALIZERS, SOFTPICK_EPS, reference_attention
+from hf_softpick.modeling.visibility import visible_keys
 
 CPU = torch.device("cpu")
 BASES = ["softpick", "softmax", "rectified_softmax"]

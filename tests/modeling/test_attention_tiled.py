@@ -9,9 +9,9 @@ from attention_cases import BASES, CPU, KINDS, inputs, plain, run, seen, written
 from torch.testing import assert_close
 
 from hf_softpick.modeling import attention_blocks
-from hf_softpick.modeling.attention_masks import VisibleKeys, visible_keys
 from hf_softpick.modeling.attention_tiled import tiled_attention
 from hf_softpick.modeling.normalizers import reference_attention
+from hf_softpick.modeling.visibility import VisibleKeys, visible_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

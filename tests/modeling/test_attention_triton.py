@@ -12,10 +12,10 @@ import torch
 from tiny_softpick import tiny_config, tiny_model, tokens
 
 from hf_softpick import SoftpickForCausalLM
-from hf_softpick.modeling import attention_softpick, attention_triton
-from hf_softpick.modeling.attention_masks import visible_keys
-from hf_softpick.modeling.attention_softpick import resolve_auto
+from hf_softpick.modeling import attention_interface, attention_triton
+from hf_softpick.modeling.attention_interface import resolve_auto
 from hf_softpick.modeling.attention_triton import TRITON, triton_attention
+from hf_softpick.modeling.visibility import visible_keys
 
 CUDA = torch.device("cuda", 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,10 +39,10 @@ def absent(monkeypatch):
 def warned(monkeypatch):
     """What is logged as a warning."""
     messages = []
-    monkeypatch.setattr(attention_softpick.logger, "warning", lambda text, *values: messages.append(text % values))
-    attention_softpick._log_choice.cache_clear()
+    monkeypatch.setattr(attention_interface.logger, "warning", lambda text, *values: messages.append(text % values))
+    attention_interface._log_choice.cache_clear()
     yield messages
-    attention_softpick._log_choice.cache_clear()
+    attention_interface._log_choice.cache_clear()
 
 
 @pytest.mark.parametrize("implementation", TRITON)

@@ -8,7 +8,7 @@ from tiny_softpick import NORMALIZERS, SIZES, count_kernel_calls, tiny_model, to
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_softpick.modeling.attention_softpick import resolve_auto
+from hf_softpick.modeling.attention_interface import resolve_auto
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -33,15 +33,15 @@ SIZES = dict(
 
 def count_kernel_calls(monkeypatch) -> list[str]:
     """From now on, the implementation of each call of the kernels is appended to the list."""
-    from hf_softpick.modeling import attention_softpick
+    from hf_softpick.modeling import attention_interface
 
-    ran, run = [], attention_softpick.triton_attention
+    ran, run = [], attention_interface.triton_attention
 
     def counted(*arguments):
         ran.append("triton" if arguments[-1] else "triton_fast")
         return run(*arguments)
 
-    monkeypatch.setattr(attention_softpick, "triton_attention", counted)
+    monkeypatch.setattr(attention_interface, "triton_attention", counted)
     return ran
 
 

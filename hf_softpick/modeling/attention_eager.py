@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .attention_masks import VisibleKeys
 from .normalizers import reference_attention
+from .visibility import VisibleKeys
 
 
 def dense_attention(

@@ -17,8 +17,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
-from .attention_masks import VisibleKeys
 from .configuration_softpick import SoftpickConfig
+from .visibility import VisibleKeys
 
 
 def runs_in_engine(implementation: str, arguments: dict[str, Any]) -> bool:

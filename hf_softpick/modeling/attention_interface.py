@@ -12,11 +12,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import is_tracing, logging
 
-from .attention_dense import dense_attention
-from .attention_masks import BOUNDARIES, VisibleKeys, document_starts, read_boundaries, visible_keys
+from .attention_eager import dense_attention
 from .attention_tiled import tiled_attention
 from .attention_triton import TRITON, refusal, triton_attention
 from .normalizers import NORMALIZERS
+from .visibility import BOUNDARIES, VisibleKeys, document_starts, read_boundaries, visible_keys
 
 logger = logging.get_logger(__name__)
 

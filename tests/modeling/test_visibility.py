@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_softpick.modeling.attention_masks import VisibleKeys, document_starts, visible_keys
-from hf_softpick.modeling.attention_softpick import attention_forward
+from hf_softpick.modeling.attention_interface import attention_forward
 from hf_softpick.modeling.normalizers import reference_attention
+from hf_softpick.modeling.visibility import VisibleKeys, document_starts, visible_keys
 
 CPU = torch.device("cpu")
 quick = settings(max_examples=250, deadline=None, derandomize=True)
