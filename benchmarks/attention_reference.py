@@ -1,8 +1,9 @@
 """Is it attention at all? A float64 reference, and comparisons with it at a small size and at the timed one."""
 
-import importlib.util
+import importlib
+import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -37,14 +38,11 @@ def results(attend: Attention, given: tuple[Tensor, ...], backward: bool) -> lis
     return [out.detach(), *torch.autograd.grad(out, qkv, gradient)] if backward else [out]
 
 
-@lru_cache
+@cache
 def _normalizer(name: str) -> Callable[..., Tensor]:
-    """The package's own definition, loaded from its file: the machine may lack what the package needs."""
-    path = ROOT / "hf_softpick" / "modeling" / "normalizers.py"
-    spec = importlib.util.spec_from_file_location("reference_normalizers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    """The package's own definition, without the package: the machine may lack what that needs."""
+    sys.path.append(str(ROOT / "hf_softpick"))
+    return getattr(importlib.import_module("modeling.attention_reference"), name)
 
 
 def attend_exactly(query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_softpick.modeling.normalizers import softmax, softpick
+from hf_softpick.modeling.attention_reference import softmax, softpick
 
 ROWS = {
     "two keys matter": [-1.2, -0.4, 2.6, -0.8, 0.3, 1.7, -1.5, -0.2],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import wrapt
 
 if TYPE_CHECKING:
+    from .modeling.attention_reference import softpick
     from .modeling.configuration_softpick import SoftpickConfig
     from .modeling.modeling_softpick import (
         SoftpickForCausalLM,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
         SoftpickForTokenClassification,
         SoftpickModel,
     )
-    from .modeling.normalizers import softpick
 
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _LAZY = {
     "SoftpickForSequenceClassification": "modeling.modeling_softpick",
     "SoftpickForTokenClassification": "modeling.modeling_softpick",
     "SoftpickModel": "modeling.modeling_softpick",
-    "softpick": "modeling.normalizers",
+    "softpick": "modeling.attention_reference",
 }
 
 

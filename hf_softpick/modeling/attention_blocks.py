@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .normalizers import spread_nonfinite
+from .attention_reference import spread_nonfinite
 
 BLOCK_ROWS = 64
 BLOCK_ELEMENTS = 1 << 19  # scores worked on at once; about the cache share of two cores

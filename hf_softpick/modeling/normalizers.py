@@ -1,130 +1,113 @@
-"""The mathematics of softpick and its relatives in plain PyTorch: the reference for every implementation.
+"""What each normalizer is, the one place that says it; recipe, conversion, statistics, report and loops read it here.
 
-Shapes: B batch, H query heads, T queries, S keys. Kept free of other modules, because Hub checkpoints carry a copy.
+Free of torch, because recipes are checked without it, and of other modules.
 """
 
-import torch
-from torch import Tensor
+import importlib
+import math
+from dataclasses import dataclass, replace
 
-NORMALIZERS = ("softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax")
 SOFTPICK_EPS = 1e-6
+HEAD_SCALE = "head_scale"
 
 
-def _visible_scores(scores: Tensor, mask: Tensor | None, fill: float) -> Tensor:
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask has dtype {mask.dtype}, expected torch.bool (True = visible). An additive mask cannot exclude a "
-            "key from softpick's denominator; pass `additive_mask == 0` instead."
-        )
-    if not scores.is_floating_point():
-        raise ValueError(f"scores have dtype {scores.dtype}, expected a floating dtype: the weights are fractions")
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores if mask is None else torch.where(mask, scores, fill)
+@dataclass(frozen=True)
+class Normalizer:
+    """What turns the scores x_j of a query into weights w_j, over the keys V that it sees:
+
+        w_j = p_j / (sum_{k in V} |p_k| + constant),    p = e^x, or e^x - 1 with `minus_one`; a p_j below 0 weighs 0
+
+    With L = log of the denominator, o = sum_j w_j v_j, delta = <o, do> and dp_j = <do, v_j>, a score has the gradient
+
+        dx_j = e^(x_j - L) * (dp_j - delta),    with `minus_one` and x_j <= 0: e^(x_j - L) * delta
+
+    Source: Zuhri, Fuadi, Aji 2025, arXiv 2504.20966, for softpick, rectified_softmax and their scaled forms.
+    """
+
+    name: str
+    base: str
+    """The normalizer without the scaling, which is what the loops and kernels compute."""
+    ancestor: str
+    """Its name in `attn_impl` of the ancestor, after "parallel_" or "naive_"."""
+    minus_one: bool = False
+    constant: float = 0.0
+    """Part of the denominator, added before any shift: the value does not depend on how it is computed."""
+    rectified: bool = False
+    """Keys with a score below 0 are left out, as if the query did not see them."""
+    scaled: bool = False
+    """Scores are first multiplied by s_h * log(n), s_h a parameter of each head, n = 2 + the query's position in its
+    document."""
+    eager_bytes: int = 8
+    """What dense attention keeps of each score for the backward pass."""
+    paper_claims: bool = False
+    """The paper claims for it: no attention sinks, no massive activations, sparse maps."""
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the attention of transformers computes it, once the scores are scaled."""
+        return self.base == "softmax"
+
+    @property
+    def is_plain_softmax(self) -> bool:
+        """Whether any attention computes it as it is: what a model runs that is told nothing."""
+        return self.is_softmax and not self.scaled
+
+    @property
+    def hidden_score(self) -> float:
+        """The score that adds nothing to either sum."""
+        return 0.0 if self.minus_one else -math.inf
+
+    @property
+    def rows_sum_to_one(self) -> bool:
+        """Whether the weights of a query always sum to 1, so that no statistics of that sum say anything."""
+        return not (self.minus_one or self.rectified or self.constant)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Parameters of its own in each layer, float32 [H], with their initial value."""
+        return {HEAD_SCALE: 0.3} if self.scaled else {}
 
 
-def softpick(x: Tensor, dim: int = -1, mask: Tensor | None = None, eps: float = SOFTPICK_EPS) -> Tensor:
-    """Softpick weights, relu(e^x - 1) / (sum |e^x - 1| + eps), over the visible entries along `dim`.
+_SOFTPICK = Normalizer(
+    "softpick",
+    base="softpick",
+    ancestor="softpick_attn",
+    minus_one=True,
+    constant=SOFTPICK_EPS,
+    eager_bytes=17,
+    paper_claims=True,
+)
+_SOFTMAX = Normalizer("softmax", base="softmax", ancestor="attn")
+NORMALIZERS: dict[str, Normalizer] = {
+    normalizer.name: normalizer
+    for normalizer in (
+        _SOFTPICK,
+        _SOFTMAX,
+        Normalizer("rectified_softmax", base="rectified_softmax", ancestor="rectified_attn", rectified=True),
+        replace(_SOFTPICK, name="scaled_softpick", ancestor="scaled_softpick_attn", scaled=True),
+        replace(_SOFTMAX, name="scaled_softmax", ancestor="scaled_attn", scaled=True),
+    )
+}
 
-    Args:
-        x: scores of any shape and floating dtype; computed in float32 (float64 stays float64).
-        dim: the dimension of the keys.
-        mask: bool, broadcastable to `x`; False entries count neither above nor below the fraction line.
-        eps: added to the denominator before any shift, so the value does not depend on the shift used inside.
 
-    Returns:
-        Weights of the shape and dtype of `x`: non-negative, sum in [0, 1] along `dim`, exactly 0 where x <= 0. A slice
-        without a positive visible score is 0; one with a visible NaN or +inf is NaN.
+def describe_normalizer(name: str) -> Normalizer:
+    """The normalizer of that name.
 
     Raises:
-        ValueError: `mask` is not boolean, or `x` not floating.
-
-    Source: Zuhri, Fuadi, Aji 2025, arXiv 2504.20966. Slices that reach 1 are shifted by m = max x, so that nothing
-    overflows; the others take expm1, which keeps every digit of a score near 0.
+        ValueError: there is none.
     """
-    scores = _visible_scores(x, mask, 0.0)  # a score of 0 adds nothing to either sum
-    if scores.shape[dim] == 0:
-        return x.clone()
-    shift = scores.detach().amax(dim, keepdim=True)
-    near = shift < 1
-    shift = torch.where(near, 0.0, shift)
-    floor = torch.exp(-shift)
-    # expm1 of 0 where it is not taken: an infinite branch would make the gradient NaN.
-    p = torch.where(near, torch.expm1(torch.where(near, scores, 0.0)), torch.exp(scores - shift) - floor)
-    positive = scores > 0
-    total = torch.where(positive, p, -p).sum(dim, keepdim=True) + eps * floor
-    return (torch.where(positive, p, 0.0) / total).to(x.dtype)
+    if name not in NORMALIZERS:
+        raise ValueError(f"normalizer is {name!r}, expected one of {', '.join(NORMALIZERS)}")
+    return NORMALIZERS[name]
 
 
-def softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-    """Softmax over the visible entries; a slice with nothing visible is 0. Arguments and errors as in `softpick`."""
-    scores = _visible_scores(x, mask, float("-inf"))
-    if scores.shape[dim] == 0:
-        return x.clone()
-    shift = scores.detach().amax(dim, keepdim=True)
-    p = torch.exp(scores - torch.where(shift == float("-inf"), 0.0, shift))
-    total = p.sum(dim, keepdim=True)
-    return (p / torch.where(total == 0, 1.0, total)).to(x.dtype)
+def base_normalizer(name: str) -> str:
+    """The function behind a normalizer's name: scaled_* only changes the scores. Errors as `describe_normalizer`."""
+    return describe_normalizer(name).base
 
 
-def rectified_softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-    """Softmax over the visible entries with x >= 0; a slice without one is 0. Shapes and errors as `softpick`."""
-    kept = ~(x < 0)  # keeps NaN, so that it is seen and not dropped
-    if mask is not None:
-        _visible_scores(x, mask, 0.0)
-        kept = kept & mask
-    return softmax(x, dim, kept)
-
-
-_FUNCTIONS = {"softpick": softpick, "softmax": softmax, "rectified_softmax": rectified_softmax}
-
-
-def base_normalizer(normalizer: str) -> str:
-    """The function behind a normalizer's name: scaled_* only changes the scores.
-
-    Raises:
-        ValueError: the name is not one of NORMALIZERS.
-    """
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer is {normalizer!r}, expected one of {', '.join(NORMALIZERS)}")
-    return normalizer.removeprefix("scaled_")
-
-
-def attention_weights(scores: Tensor, normalizer: str, mask: Tensor | None = None) -> Tensor:
-    """[..., S] weights of [..., S] scores by normalizer name; for scaled_* the scores come already scaled."""
-    return _FUNCTIONS[base_normalizer(normalizer)](scores, -1, mask)
-
-
-def spread_nonfinite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn every query, key or value vector that holds NaN or Inf into one that makes the rows that see it NaN.
-
-    Without it a score of -inf or a weight of 0 would launder the bad number, and 0 * NaN in the product with the
-    values would spread it to rows that cannot see it. Finite tensors come back unchanged in value.
-    """
-    bad_query = ~query.isfinite().all(-1, keepdim=True)
-    bad_value = ~value.isfinite().all(-1, keepdim=True)
-    bad_key = ~key.isfinite().all(-1, keepdim=True) | bad_value
-    nan = float("nan")
-    return query.masked_fill(bad_query, nan), key.masked_fill(bad_key, nan), value.masked_fill(bad_value, 0.0)
-
-
-def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, normalizer: str = "softpick"
-) -> tuple[Tensor, Tensor]:
-    """Dense attention with any normalizer, differentiable, the definition in code.
-
-    Args:
-        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i).
-        key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv].
-        mask: bool, broadcastable to [B, H, T, S], True = visible; None = all visible.
-        scale: factor of the scores, usually D ** -0.5.
-
-    Returns:
-        output [B, T, H, Dv] in the dtype of `value`, weights [B, H, T, S] in float32 (float64 stays float64).
-    """
-    dtype = torch.float64 if torch.float64 in (query.dtype, value.dtype) else torch.float32
-    out_dtype = value.dtype
-    query, key, value = spread_nonfinite(query.to(dtype), key.to(dtype), value.to(dtype))
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    weights = attention_weights(torch.matmul(query * scale, key.transpose(-1, -2)), normalizer, mask)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous().to(out_dtype), weights
+def __getattr__(name: str):
+    """The functions have moved to attention_reference.py."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(importlib.import_module(".attention_reference", __package__), name)

@@ -47,7 +47,7 @@ def test_help_is_quick_and_says_what_was_tested():
     )
     assert done.returncode == 0, done.stderr
     assert "Tested on local copies" in done.stdout and "--subfolder step-100000" in done.stdout
-    assert command.NORMALIZERS == NORMALIZERS
+    assert command.NORMALIZERS == tuple(NORMALIZERS)
 
 
 def test_the_result_runs_without_this_package(tmp_path):
