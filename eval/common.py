@@ -134,6 +134,7 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         DataError: nothing can be read.
     """
     from hf_softpick.analysis.samples import load_samples, one_document_a_row
+    from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 
     data, tokenizer_settings, seq_len = _text(options, loaded.run)
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -157,7 +158,7 @@ def samples_for(options: argparse.Namespace, loaded: "LoadedModel", calibration:
         calibration=calibration,
         progress=sys.stderr.isatty(),
     )
-    ours = loaded.model.config.model_type == "softpick"
+    ours = loaded.model.config.model_type == SoftpickConfig.model_type
     return samples if ours else one_document_a_row(samples)  # not every architecture keeps packed documents apart
 
 

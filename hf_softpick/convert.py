@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_softpick.commands import exit_code
+from hf_softpick.modeling.normalizers import NORMALIZERS
 
-NORMALIZERS = ("softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax")
 DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLES = """
 examples:

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_softpick.analysis.run_records import KINDS, finite, gather_run, lookup
 from hf_softpick.errors import RecipeError
+from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.versions import versions
 
 # Recipe values that decide where a run writes and how often it looks, not what it learns.
@@ -133,8 +134,9 @@ def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]
         softpick, softmax: labels, or None; other_differences: recipe keys besides the normalizer that differ and
         change training; unknown: why nothing can be said about that, or None.
     """
-    picks = [run for run in runs if run["normalizer"] in ("softpick", "scaled_softpick")]
-    baselines = [run for run in runs if run["normalizer"] in ("softmax", "scaled_softmax")]
+    known = [(run, NORMALIZERS[run["normalizer"]]) for run in runs if run["normalizer"] in NORMALIZERS]
+    picks = [run for run, normalizer in known if normalizer.paper_claims]
+    baselines = [run for run, normalizer in known if normalizer.is_softmax]
 
     def others(pick: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
         found = [d["key"] for d in recipe_differences([pick, baseline]) if d["training"]]
@@ -147,7 +149,7 @@ def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]
         return [key for key in found if key != "model.normalizer"]
 
     def scaled(run: dict[str, Any]) -> bool:
-        return run["normalizer"].startswith("scaled_")
+        return NORMALIZERS[run["normalizer"]].scaled
 
     def order(runs: tuple[dict[str, Any], dict[str, Any]]) -> tuple[int, bool, bool]:
         without = any(run["recipe"] is None for run in runs)

@@ -128,7 +128,7 @@ def load_model(
     if "quantization_config" not in kwargs:
         model.to(device)
     normalizer = normalizer_of(model)
-    if normalizer != "softmax" and model.config.model_type != SoftpickConfig.model_type:
+    if not NORMALIZERS[normalizer].is_plain_softmax and model.config.model_type != SoftpickConfig.model_type:
         try:
             prove_normalizer(model, normalizer)
         except ValueError as error:

@@ -18,6 +18,7 @@ from hf_softpick.analysis.report_blocks import (
 )
 from hf_softpick.analysis.report_figures import Series, colour_bar, heat_map, line_chart
 from hf_softpick.analysis.run_records import finite, lookup, number
+from hf_softpick.modeling.normalizers import NORMALIZERS
 
 
 def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
@@ -74,6 +75,7 @@ def _logged(run: dict[str, Any], name: str | None) -> list[tuple[float, float]]:
     return [(step, max(abs(value), low.get(step, 0.0))) for step, value in logged.get("hidden_max", [])]
 
 
+_ALWAYS_ONE = " and ".join(n.name for n in NORMALIZERS.values() if n.rows_sum_to_one)
 HEAD_MAPS = (
     (
         "Sink rate: share of sequences in which a head gives the first token a mean weight above 0.3.",
@@ -88,7 +90,7 @@ HEAD_MAPS = (
         colour_bar("mean weight"),
     ),
     (
-        "Row mass: mean sum of a row of weights. Softmax always has 1; softpick may give less, down to 0.",
+        f"Row mass: mean sum of a row of weights. Always 1 with {_ALWAYS_ONE}; the others may give less, down to 0.",
         "row_mass",
         "Row mass",
         colour_bar("row mass"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_softpick.errors import CheckpointError, DataError
 from hf_softpick.files import read_json_lines, read_object
+from hf_softpick.modeling.normalizers import NORMALIZERS
 
 KINDS = ("statistics", "downstream", "passkey", "quantization")
 
@@ -233,7 +234,7 @@ def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:
     if normalizer is None and config:
         saved = config.get("attn_implementation")
         # Version 0.1 saved our names as a foreign architecture's attention; everything else there is softmax.
-        normalizer = saved if saved in ("softpick", "rectified_softmax", "scaled_softpick") else "softmax"
+        normalizer = saved if saved in NORMALIZERS else "softmax"
     found = {
         "normalizer": normalizer,
         "architecture": next(iter(config.get("architectures") or []), None),

@@ -19,6 +19,7 @@ from hf_softpick.conversion.tensors import (
     check_derived,
     check_sizes,
     common_dtype,
+    is_own,
     make_plan,
     transform,
 )
@@ -155,8 +156,7 @@ def _read(
             bad.append(name)
         elif name in plan.moves:
             target = plan.moves[name]
-            scale = target.endswith(".head_scale")
-            state[target] = transform(tensor, expected[target], torch.float32 if scale else kind)
+            state[target] = transform(tensor, expected[target], torch.float32 if is_own(target) else kind)
             if not state[target].isfinite().all():
                 raise CheckpointError(f"{name} has values that do not fit into {kind}. Choose another --dtype.")
         elif name in plan.checked and name != HEAD:
@@ -270,7 +270,7 @@ def _report(
             **stored(name),
             "target": target,
             "target_shape": list(expected[target]),
-            "target_dtype": "float32" if target.endswith(".head_scale") else _short(kind),
+            "target_dtype": "float32" if is_own(target) else _short(kind),
         }
         for name, target in plan.moves.items()
     ]

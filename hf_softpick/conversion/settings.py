@@ -11,19 +11,13 @@ from typing import Any, NamedTuple
 
 from hf_softpick.errors import CheckpointError
 from hf_softpick.modeling.attention_guard import unseal
+from hf_softpick.modeling.normalizers import NORMALIZERS
 
 ANCESTOR = "transformer"
-_KINDS = {
-    "attn": "softmax",
-    "rectified_attn": "rectified_softmax",
-    "softpick_attn": "softpick",
-    "scaled_attn": "scaled_softmax",
-    "scaled_softpick_attn": "scaled_softpick",
-}
 # attn_impl of the ancestor -> normalizer. The naive_ twins compute the same, densely.
 NORMALIZER_OF = {
     "flash_attn": "softmax",
-    **{f"{how}_{kind}": normalizer for how in ("parallel", "naive") for kind, normalizer in _KINDS.items()},
+    **{f"{how}_{n.ancestor}": n.name for how in ("parallel", "naive") for n in NORMALIZERS.values()},
 }
 
 # The ancestor's defaults, which hold where its config.json leaves a field out.
@@ -120,6 +114,8 @@ def read_settings(raw: dict[str, Any]) -> Settings:
     raw = dict(unseal(raw))
     trained = raw.pop("normalizer", None)
     if trained is not None:
+        if trained not in NORMALIZERS:
+            raise CheckpointError(f"normalizer is {trained!r}, expected one of {', '.join(NORMALIZERS)}.")
         raw.pop("attn_implementation", None)
         raw["architectures"] = [name.removeprefix("Softpick") for name in raw.get("architectures") or []]
     model_type = raw.get("model_type")
@@ -230,7 +226,7 @@ def intermediate_size(values: dict[str, Any]) -> int:
 
 def _ancestor_notes(implementation: str, normalizer: str) -> list[str]:
     notes = []
-    if normalizer.endswith("softpick"):
+    if NORMALIZERS[normalizer].constant:
         # With S = sum|e^x - 1| and the largest score m > 0, S >= e^m - 1 bounds (S + 1e-6) / (S + eps e^m) - 1.
         naive = implementation.startswith("naive_")
         eps, bound = ("1e-8", "1e-8 + 1e-6 / sum|e^x - 1|") if naive else ("1e-6", "1e-6")
@@ -238,7 +234,7 @@ def _ancestor_notes(implementation: str, normalizer: str) -> list[str]:
             f"The source adds {eps} to the denominator after the shift by the row's largest score; here 1e-6 is added "
             f"before it. A row of weights differs by a share of at most {bound}."
         )
-    if normalizer.startswith("scaled_"):
+    if NORMALIZERS[normalizer].scaled:
         notes.append(
             "In packed rows the source counts the length n in log(n) from the start of the row, and has no value "
             "beyond 4 * max_position_embeddings; here n counts from the start of the document, without an end."

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_softpick.conversion.settings import ANCESTOR, Settings
 from hf_softpick.errors import CheckpointError
-from hf_softpick.modeling.modeling_backbone import INITIAL_HEAD_SCALE
+from hf_softpick.modeling.normalizers import NORMALIZERS, OWN_PARAMETERS
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NAMES = (
@@ -73,8 +73,8 @@ def make_plan(
             plan.checked[name] = "equal to the embeddings (tied)"
         elif target in expected:
             plan.moves[name] = target
-        elif _is_unused_scale(target, expected, settings):
-            plan.dropped[name] = f"{settings.config['normalizer']} has no scale of heads"
+        elif _is_unused(target, expected, settings):
+            plan.dropped[name] = f"{settings.config['normalizer']} has no {_last(target)}"
         else:
             unknown.append(name)
     if unknown:
@@ -82,15 +82,15 @@ def make_plan(
             f"{len(unknown)} tensors are not understood: {_some(unknown)}. Nothing is left out silently."
         )
     missing = sorted(set(expected) - set(plan.moves.values()))
-    if not settings.source_normalizer.startswith("scaled_"):
-        plan.created.update({name: INITIAL_HEAD_SCALE for name in missing if name.endswith(".head_scale")})
-        missing = [name for name in missing if name not in plan.created]
+    own, had = (NORMALIZERS[n].parameters for n in (settings.config["normalizer"], settings.source_normalizer))
+    plan.created.update({name: own[_last(name)] for name in missing if _last(name) in own.keys() - had.keys()})
+    missing = [name for name in missing if name not in plan.created]
     if missing:
         hint = " Its config says that head and embeddings are not tied." if missing == [HEAD] else ""
         raise CheckpointError(f"{len(missing)} parameters have no tensor in the source: {_some(missing)}.{hint}")
     for name, target in plan.moves.items():
         shape = found[name][0]
-        allowed = [expected[target], (*expected[target], 1)] if target.endswith(".head_scale") else [expected[target]]
+        allowed = [expected[target], (*expected[target], 1)] if is_own(target) else [expected[target]]
         if shape not in allowed:
             rule = ""
             if ".mlp." in name and settings.model_type == ANCESTOR:
@@ -108,17 +108,26 @@ def _target(name: str, settings: Settings) -> str | None:
     return next((match.expand(target) for pattern, target in _NAMES if (match := pattern.fullmatch(name))), None)
 
 
-def _is_unused_scale(target: str | None, expected: dict[str, tuple], settings: Settings) -> bool:
-    """Whether a scaled source gave this scale to a layer that exists, and the chosen normalizer has none."""
-    if target is None or not target.endswith(".head_scale") or not settings.source_normalizer.startswith("scaled_"):
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter of the target belongs to its normalizer: always float32."""
+    return _last(name) in OWN_PARAMETERS
+
+
+def _is_unused(target: str | None, expected: dict[str, tuple], settings: Settings) -> bool:
+    """Whether the source's normalizer gave this parameter to a layer that exists, and the chosen one has none."""
+    if target is None or _last(target) not in NORMALIZERS[settings.source_normalizer].parameters:
         return False
-    layer_exists = target.replace(".head_scale", ".q_proj.weight") in expected
-    return layer_exists and not settings.config["normalizer"].startswith("scaled_")
+    layer_exists = f"{target.rpartition('.')[0]}.q_proj.weight" in expected
+    return layer_exists and _last(target) not in NORMALIZERS[settings.config["normalizer"]].parameters
 
 
 def _is_derived(name: str, settings: Settings) -> bool:
     ancestor = settings.model_type == ANCESTOR
-    if ancestor and not settings.source_normalizer.startswith("scaled_"):
+    if ancestor and not NORMALIZERS[settings.source_normalizer].scaled:
         return False
     match = (_LOG_LENGTHS if ancestor else _FREQUENCIES).fullmatch(name)
     return match is not None and int(match[1]) < settings.config["num_hidden_layers"]
@@ -152,12 +161,12 @@ def transform(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
 
 
 def common_dtype(plan: Plan, found: dict[str, tuple[tuple[int, ...], Any]], wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of the result: `wanted`, else that of all moved tensors but the scale of heads.
+    """The dtype of the result: `wanted`, else that of all moved tensors but the normalizer's own.
 
     Raises:
         CheckpointError: they have several.
     """
-    kinds = {found[name][1] for name, target in plan.moves.items() if not target.endswith(".head_scale")}
+    kinds = {found[name][1] for name, target in plan.moves.items() if not is_own(target)}
     odd = [str(kind) for kind in kinds if not kind.is_floating_point]
     if odd:
         raise CheckpointError(f"the weights have the types {', '.join(odd)}, which are not floating.")

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from .normalizers import NORMALIZERS
+from .normalizers import describe_normalizer
 
 # Our fields, at the values with which Llama's classes compute the same.
 AS_LLAMA = {"normalizer": "softmax", "sliding_window": None}
@@ -37,11 +37,10 @@ class SoftpickConfig(LlamaConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Llama's tensor parallel plan; a rank holds the `head_scale` of its own heads, as tensors of its own."""
+        """Llama's tensor parallel plan; a rank holds the normalizer's parameters of its own heads."""
         plan = vars(self).get("base_model_tp_plan", LlamaConfig.base_model_tp_plan)
-        if not self.normalizer.startswith("scaled_"):
-            return plan
-        return {**plan, "layers.*.self_attn.head_scale": "colwise", "layers.*.self_attn": "local_params"}
+        own = [f"layers.*.self_attn.{name}" for name in describe_normalizer(self.normalizer).parameters]
+        return {**plan, **dict.fromkeys(own, "colwise"), "layers.*.self_attn": "local_params"} if own else plan
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str]) -> None:
@@ -51,8 +50,7 @@ class SoftpickConfig(LlamaConfig):
     def validate_architecture(self):
         """Part of `@strict` validation; runs by itself."""
         super().validate_architecture()
-        if self.normalizer not in NORMALIZERS:
-            raise ValueError(f"normalizer is {self.normalizer!r}, expected one of {', '.join(NORMALIZERS)}")
+        describe_normalizer(self.normalizer)
         # transformers' cache for a window of 1 keeps every key and says that it keeps none.
         if self.sliding_window is not None and self.sliding_window < 2:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected None or at least 2")
@@ -78,7 +76,7 @@ class SoftpickConfig(LlamaConfig):
         """The saved form. Where Llama's classes would compute something else, it names the attention, and where
         they look for the name of the weights it says why there is none: None as attn_implementation is refused too."""
         output = super().to_dict()
-        if self.normalizer != "softmax":
+        if not describe_normalizer(self.normalizer).is_plain_softmax:
             output["attn_implementation"] = self.normalizer
         if any(getattr(self, name) != value for name, value in AS_LLAMA.items()):
             output["transformers_weights"] = NOTE

@@ -83,11 +83,15 @@ NORMALIZERS: dict[str, Normalizer] = {
     for normalizer in (
         _SOFTPICK,
         _SOFTMAX,
-        Normalizer("rectified_softmax", base="rectified_softmax", ancestor="rectified_attn", rectified=True),
+        Normalizer("rectified_softmax", "rectified_softmax", "rectified_attn", rectified=True, eager_bytes=9),
         replace(_SOFTPICK, name="scaled_softpick", ancestor="scaled_softpick_attn", scaled=True),
         replace(_SOFTMAX, name="scaled_softmax", ancestor="scaled_attn", scaled=True),
     )
 }
+
+
+# Names of parameters that some normalizer has, and transformers' attention has not.
+OWN_PARAMETERS = frozenset(name for normalizer in NORMALIZERS.values() for name in normalizer.parameters)
 
 
 def describe_normalizer(name: str) -> Normalizer:

@@ -22,6 +22,7 @@ from hf_softpick.errors import CheckpointError, RecipeError
 from hf_softpick.modeling.attention_guard import unmark
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
+from hf_softpick.modeling.normalizers import NORMALIZERS, OWN_PARAMETERS
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
 from hf_softpick.training.continuing import apply_settings, check_isolation, fit_vocabulary, id_count
 from hf_softpick.training.recipe_model import ModelSettings
@@ -97,7 +98,8 @@ def _continued(
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(settings.from_, revision=settings.revision, trust_remote_code=False)
     implementation = settings.attn_implementation
-    if is_foreign(config) and settings.normalizer != "softmax":
+    softmax = NORMALIZERS[settings.normalizer].is_plain_softmax
+    if is_foreign(config) and not softmax:
         config = _as_ours(settings) or config
     if is_foreign(config):
         unmark(config)  # whatever the source was trained with
@@ -122,7 +124,7 @@ def _continued(
         if error.args != (implementation,):
             raise
         raise refusal(config.model_type, settings.normalizer, error) from error
-    missing = sorted(name for name in loading["missing_keys"] if not name.endswith(".head_scale"))
+    missing = sorted(name for name in loading["missing_keys"] if name.rpartition(".")[2] not in OWN_PARAMETERS)
     if missing:
         raise ValueError(
             f"{settings.from_} has no weights for {len(missing)} parameters ({', '.join(missing[:3])}, ...), which "
@@ -130,7 +132,7 @@ def _continued(
         )
     fit_vocabulary(model, settings, tokenizer)
     if is_foreign(config):
-        prove_causal(model) if settings.normalizer == "softmax" else prove_normalizer(model, settings.normalizer)
+        prove_causal(model) if softmax else prove_normalizer(model, settings.normalizer)
         if data and data.isolate_documents and data.packing != "one_document":
             check_isolation(model, settings.normalizer)
     return model
@@ -150,7 +152,7 @@ def _as_ours(settings: ModelSettings) -> SoftpickConfig | None:
 
 
 def _check_dropout(config: SoftpickConfig, settings: ModelSettings) -> None:
-    able = ("eager", "sdpa") if settings.normalizer == "softmax" else ("eager",)
+    able = ("eager", "sdpa") if NORMALIZERS[settings.normalizer].is_plain_softmax else ("eager",)
     if config.attention_dropout and settings.attn_implementation not in able:
         raise ValueError(
             f"it was saved with attention_dropout = {config.attention_dropout:g}, which attn_implementation "
@@ -165,16 +167,18 @@ def is_foreign(config: object) -> bool:
 
 def foreign_attention(settings: ModelSettings) -> str | None:
     """The attn_implementation that runs a foreign architecture with the recipe's normalizer."""
-    if settings.normalizer == "softmax":
+    normalizer = NORMALIZERS[settings.normalizer]
+    if normalizer.is_plain_softmax:
         return None if settings.attn_implementation == "auto" else settings.attn_implementation
     if settings.attn_implementation != "auto":
         raise RecipeError(
             f"model.attn_implementation is '{settings.attn_implementation}', but a {settings.from_} model runs with "
             f"normalizer '{settings.normalizer}' only under attn_implementation 'auto'; leave it out."
         )
-    if settings.normalizer.startswith("scaled_"):
+    if normalizer.parameters:
+        able = " or ".join(n.name for n in NORMALIZERS.values() if not (n.parameters or n.is_softmax))
         raise RecipeError(
             f"model.normalizer '{settings.normalizer}' has parameters of its own, and {settings.from_} has no place "
-            "for them. Use softpick or rectified_softmax, or train a new model."
+            f"for them. Use {able}, or train a new model."
         )
     return settings.normalizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..modeling.normalizers import NORMALIZERS
 from .recipe import Recipe
 from .recipe_model import ModelSettings
 
@@ -81,8 +82,7 @@ def count_parameters(model: ModelSettings, vocabulary: int) -> int:
     attention = hidden * (2 * queries + 2 * keys)
     if model.attention_bias:
         attention += queries + 2 * keys + hidden
-    if model.normalizer.startswith("scaled_"):
-        attention += heads
+    attention += heads * len(NORMALIZERS[model.normalizer].parameters)
     mlp = 3 * hidden * inner + (2 * inner + hidden if model.mlp_bias else 0)
     layer = attention + mlp + 2 * hidden
     embeddings = vocabulary * hidden * (1 if model.tie_word_embeddings else 2)
@@ -140,8 +140,7 @@ def _kept_by_layer(model: ModelSettings, seq_len: int, width: int) -> float:
     norms = 2 * hidden * (4 + 4 + width)
     attention = width * (2 * queries + 2 * keys + keys + queries)
     if model.attn_implementation == "eager":
-        # float32 maps of T x T: scores and weights; softpick keeps two more, and which scores were near 0 as bool.
-        attention += heads * seq_len * (8 if model.normalizer == "softmax" else 17)
+        attention += heads * seq_len * NORMALIZERS[model.normalizer].eager_bytes
     return norms + attention + width * 4 * inner
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.training.recipe import Recipe, write_yaml
 
 # Absolute, relative to a home or to a folder above: what may name a person or a machine.
@@ -66,7 +67,7 @@ def model_card(
             f"A causal language model with {parameters:,} parameters and {normalizer} attention, trained with "
             "hf_softpick.",
             "",
-            _SOFTMAX if normalizer == "softmax" else _WARNING.format(normalizer=normalizer),
+            _SOFTMAX if NORMALIZERS[normalizer].is_plain_softmax else _WARNING.format(normalizer=normalizer),
             "## Load",
             "",
             _LOAD,

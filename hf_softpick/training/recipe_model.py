@@ -6,10 +6,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..data.settings import Section
+from ..modeling.normalizers import NORMALIZERS
 
 Problem = tuple[tuple[str | int, ...], str]
 
-Normalizer = Literal["softpick", "softmax", "rectified_softmax", "scaled_softpick", "scaled_softmax"]
 # Implementations of ours compute every normalizer; the others compute softmax and nothing else.
 Implementation = Literal[
     "auto", "eager", "tiled", "triton", "triton_fast", "sdpa", "flash_attention_2", "flex_attention"
@@ -62,7 +62,7 @@ class ModelSettings(Section):
     """Folder or Hub id; its architecture is kept, so most fields of the architecture below must be left out."""
     revision: str | None = Field(default=None, min_length=1)
     """Commit, tag or branch of `from` on the Hub."""
-    normalizer: Normalizer = "softpick"
+    normalizer: Literal[tuple(NORMALIZERS)] = "softpick"
     """What turns scores into attention weights; saved with the model. Must be written out with `from`."""
     attn_implementation: Implementation = "auto"
     """How it is computed; not saved."""
@@ -110,7 +110,7 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 
 def check_model(model: ModelSettings) -> Iterator[Problem]:
     """What does not fit together inside the section."""
-    if model.attn_implementation in SOFTMAX_ONLY and model.normalizer != "softmax":
+    if model.attn_implementation in SOFTMAX_ONLY and not NORMALIZERS[model.normalizer].is_plain_softmax:
         yield (
             ("model", "attn_implementation"),
             f"is {model.attn_implementation!r}, which computes softmax, but model.normalizer is {model.normalizer!r};"

@@ -14,7 +14,6 @@ from source_cases import ancestor, llama, write
 from hf_softpick import convert as command
 from hf_softpick.conversion.converting import convert
 from hf_softpick.errors import CheckpointError, RecipeError, StorageError
-from hf_softpick.modeling.normalizers import NORMALIZERS
 
 
 def refused(tmp_path, message, config, tensors, error=CheckpointError, **options):
@@ -47,7 +46,6 @@ def test_help_is_quick_and_says_what_was_tested():
     )
     assert done.returncode == 0, done.stderr
     assert "Tested on local copies" in done.stdout and "--subfolder step-100000" in done.stdout
-    assert command.NORMALIZERS == tuple(NORMALIZERS)
 
 
 def test_the_result_runs_without_this_package(tmp_path):

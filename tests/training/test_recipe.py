@@ -96,15 +96,6 @@ def test_every_config_field_is_one_of_the_configuration():
     assert ModelSettings.model_fields["normalizer"].default == SoftpickConfig().normalizer
 
 
-def test_normalizers_are_those_of_the_model():
-    from typing import get_args
-
-    from hf_softpick.modeling.normalizers import NORMALIZERS
-    from hf_softpick.training.recipe_model import Normalizer
-
-    assert set(get_args(Normalizer)) == set(NORMALIZERS)
-
-
 @pytest.mark.parametrize(
     ("override", "section", "name", "value"),
     [
