@@ -31,7 +31,7 @@ def inputs(batch: int, heads: int, length: int, dim: int) -> tuple[list[torch.Te
 def compare(shape: tuple[int, ...], repeats: int) -> list[dict]:
     """Forward alone and forward with backward; checks once that tiled and dense agree before timing them."""
     (query, key, value), gradient = inputs(*shape)
-    visible = visible_keys(shape[2], shape[2], query.device)
+    visible, _ = visible_keys(shape[2], shape[2], query.device)
     scale = shape[3] ** -0.5
     forward = {
         "tiled": lambda: tiled_attention(query, key, value, visible, scale),
@@ -80,7 +80,7 @@ def peak_memory(length: int) -> None:
     """Print the GiB that forward and backward of B1 H4 D64 add to the peak of this process."""
     (query, key, value), gradient = inputs(1, 4, length, 64)
     start = peak_resident()
-    tiled_attention(query, key, value, visible_keys(length, length, query.device), 0.125).backward(gradient)
+    tiled_attention(query, key, value, visible_keys(length, length, query.device)[0], 0.125).backward(gradient)
     print((peak_resident() - start) / 2**20)
 
 

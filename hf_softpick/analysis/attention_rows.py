@@ -110,7 +110,8 @@ def _layout(call: AttentionCall, real: Tensor | None) -> tuple[Layout, Tensor, T
     device = call.query.device
     keys = mask = None
     if isinstance(call.visible, VisibleKeys):
-        start, end, keys = call.visible.start, call.visible.end, call.visible.keys
+        start, end = (edge.long() for edge in call.visible.intervals(length, length, device))
+        keys = call.visible.keys
         if real is not None:
             start, end = torch.where(real, start, 0), torch.where(real, end, 0)
         end = torch.maximum(start, end)

@@ -1,7 +1,7 @@
 """Look into one forward pass of any causal LM: what each attention was called with, what each part put out.
 
-No weights are asked for and nothing of the model changes: transformers' attention interface, and the attention of our
-own models, are wrapped while the block runs.
+No weights are asked for and nothing of the model changes: while the block runs, the registry of attentions holds one
+that reports each call under the name in force.
 """
 
 import contextlib
@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_softpick.analysis.attention_rows import AttentionCall
-from hf_softpick.modeling.attention_interface import UNSUPPORTED, check_mask, visible_of_call
+from hf_softpick.modeling.attention_interface import REGISTERED, UNSUPPORTED, visible_of_call, what_is_computed
+from hf_softpick.modeling.compat import attention_of
 from hf_softpick.modeling.normalizers import NORMALIZERS
-from hf_softpick.modeling.visibility import VisibleKeys, visible_keys
+from hf_softpick.modeling.visibility import VisibleKeys, check_mask
 
 PARTS = ("hidden", "attention", "mlp")
 _ATTENTION = re.compile(r"attn|attention")
@@ -107,70 +109,40 @@ def watch(
         on_attention(current[-1], call)
 
     try:
-        with _watch_interface(report, current), _watch_ours(blocks, report, current):
+        with contextlib.ExitStack() as stack:
+            for name in {attention_of(_config(block.attention, model)) for block in blocks}:
+                stack.enter_context(_registered(name, report, current))
             yield blocks
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _config(attention: nn.Module, model: PreTrainedModel) -> PreTrainedConfig:
+    return getattr(attention, "config", model.config)
+
+
 @contextlib.contextmanager
-def _watch_interface(report: Callable[[AttentionCall], None], current: list[int]) -> Iterator[None]:
-    """Every attention that goes through transformers' interface, "eager" included."""
-    original = AttentionInterface.get_interface
+def _registered(name: str, report: Callable[[AttentionCall], None], current: list[int]) -> Iterator[None]:
+    """Under `name`, an attention that reports and then does what it did; other models notice nothing."""
+    held = ALL_ATTENTION_FUNCTIONS.get(name)
 
-    def get_interface(self: AttentionInterface, implementation: str, default: Callable) -> Callable:
-        function = original(self, implementation, default)
-        if not current:
-            return function
-
-        def watched(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Any = None,
-            *rest: Any,
-            **kwargs: Any,
-        ):
+    def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *rest, **kwargs):
+        if current:
             if rest:
                 raise ValueError(f"{type(module).__name__} passes arguments by position, which cannot be read here.")
-            report(read_call(implementation, module, query, key, attention_mask, kwargs))
-            return function(module, query, key, value, attention_mask, **kwargs)
+            report(read_call(name, module, query, key, mask, kwargs))
+        # transformers keeps "eager" beside each model, and not in its registry.
+        function = held or sys.modules[type(module).__module__].eager_attention_forward
+        return function(module, query, key, value, mask, *rest, **kwargs)
 
-        return watched
-
-    AttentionInterface.get_interface = get_interface
+    ALL_ATTENTION_FUNCTIONS[name] = watched
     try:
         yield
     finally:
-        AttentionInterface.get_interface = original
-
-
-@contextlib.contextmanager
-def _watch_ours(blocks: list[Block], report: Callable[[AttentionCall], None], current: list[int]) -> Iterator[None]:
-    """Our own models call `run_attention` of their module; a checkpoint's Hub code has a module of its own."""
-    modules = {type(block.attention).__module__ for block in blocks}
-    ours = [sys.modules[name] for name in modules if hasattr(sys.modules[name], "run_attention")]
-    originals = [module.run_attention for module in ours]
-
-    def watched(original: Callable) -> Callable:
-        def run_attention(query, key, value, visible, scale, normalizer, *rest, **kwargs):
-            if current:
-                # Hub code has a class VisibleKeys of its own.
-                keys = visible if isinstance(visible, Tensor) else VisibleKeys(*visible)
-                report(AttentionCall(query, key, keys, scale, normalizer))
-            return original(query, key, value, visible, scale, normalizer, *rest, **kwargs)
-
-        return run_attention
-
-    for module, original in zip(ours, originals, strict=True):
-        module.run_attention = watched(original)
-    try:
-        yield
-    finally:
-        for module, original in zip(ours, originals, strict=True):
-            module.run_attention = original
+        del ALL_ATTENTION_FUNCTIONS[name]
+        if held is not None and ALL_ATTENTION_FUNCTIONS.get(name) is not held:  # it was an override itself
+            ALL_ATTENTION_FUNCTIONS[name] = held
 
 
 def read_call(
@@ -188,37 +160,32 @@ def read_call(
     causal = kwargs.get("is_causal")
     if not (causal if causal is not None else getattr(module, "is_causal", True)):
         raise ValueError(f"{name} is not causal; statistics are defined for causal attention.")
+    scale = kwargs.get("scaling")
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
+    if implementation in NORMALIZERS or implementation in REGISTERED:
+        normalizer, _ = what_is_computed(module, implementation)
+        window, positions = kwargs.get("sliding_window"), kwargs.get("position_ids")
+        visible = visible_of_call(mask, query, key, window, positions, kwargs)
+    else:
+        normalizer = getattr(getattr(module, "config", None), "normalizer", "softmax")
+        visible = _read_mask(name, implementation, query, key, mask)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionCall(query, key, visible, scale, normalizer, kwargs.get("softcap"), sinks)
+
+
+def _read_mask(name: str, implementation: str, query: Tensor, key: Tensor, mask: Any) -> VisibleKeys | Tensor:
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
         raise ValueError(
             f"{name} gets another mask than [B, 1 or H, T, S]. Load the model with attn_implementation='sdpa'."
         )
-    scale = kwargs.get("scaling")
-    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
-    normalizer = implementation if implementation in NORMALIZERS else "softmax"
-    return AttentionCall(
-        query,
-        key,
-        _visible(name, implementation, query, key, mask, kwargs),
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        normalizer,
-        kwargs.get("softcap"),
-        sinks,
-    )
-
-
-def _visible(name: str, implementation: str, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]):
-    length = query.shape[2]
-    if implementation in NORMALIZERS:
-        position_ids, boundaries = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
-        return visible_of_call(mask, query, key, kwargs.get("sliding_window"), position_ids, boundaries)
     if mask is None and "flash" in implementation:
         raise ValueError(
             f"{name} keeps documents apart by arguments of its own. Load the model with attn_implementation='sdpa'."
         )
     if mask is None:
-        return visible_keys(length, length, query.device)
+        return VisibleKeys()
     if mask.dtype == torch.bool:
-        return check_mask(mask, length, key.shape[2])
+        return check_mask(mask, query.shape[2], key.shape[2])
     # What softmax turns into exactly 0 is hidden; any other value would be a bias on the scores.
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if bool((~hidden & (mask != 0)).any()):

@@ -27,7 +27,9 @@ def dense_attention(
     Returns:
         output [B, T, H, Dv] and weights [B, H, T, S] (before dropout), both in the dtype of `value`.
     """
-    mask = visible.dense(key.shape[2]) if isinstance(visible, VisibleKeys) else visible
+    mask = visible
+    if isinstance(visible, VisibleKeys):
+        mask = visible.dense(query.shape[2], key.shape[2], query.device)
     output, weights = reference_attention(query, key, value, mask, scale, normalizer)
     if dropout > 0:
         groups = query.shape[1] // key.shape[1]

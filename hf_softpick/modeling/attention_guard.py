@@ -7,7 +7,6 @@ serving engines, and for classes that are named explicitly a sentence where each
 transformers expects the name of the weights. The folder carries this code: `trust_remote_code=True` opens it.
 """
 
-import functools
 import json
 import os
 import shutil
@@ -19,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .attention_interface import register_attention
+from .attention_interface import REGISTERED, register_attention
+from .compat import CHOOSES_ATTENTION, READS_CONFIG, WRITES_CONFIG, attention_of, hook
 from .normalizers import NORMALIZERS
 
 logger = logging.get_logger(__name__)
@@ -77,15 +77,15 @@ def unseal(saved: dict[str, Any]) -> dict[str, Any]:
 def install() -> None:
     """Hook transformers: configurations are sealed when written and unsealed when read, and a model whose
     configuration is marked runs its normalizer, or raises. Idempotent, also between copies of this file."""
-    _hook(PreTrainedConfig, "to_json_file", _write)
-    _hook(PreTrainedConfig, "_dict_from_json_file", _read)
-    _hook(PreTrainedModel, "_check_and_adjust_attn_implementation", _choose)
-    _hook(PreTrainedModel, "get_correct_attn_implementation", _choose)
+    hook(*WRITES_CONFIG, _write)
+    hook(*READS_CONFIG, _read)
+    for method in CHOOSES_ATTENTION:
+        hook(*method, _choose)
 
 
 def watch_adapters(peft_model: Any) -> None:
     """Hook the module `peft.peft_model`: an adapter that is saved alone names its base, which may be anybody's."""
-    _hook(peft_model.PeftModel, "save_pretrained", _warn)
+    hook(peft_model.PeftModel, "save_pretrained", _warn)
 
 
 class SealedConfig(PreTrainedConfig):
@@ -131,7 +131,7 @@ def _name_parts(config: PreTrainedConfig, saved: dict[str, Any]) -> set[str]:
 
 def _runs(config: PreTrainedConfig) -> str | None:
     """The normalizer that another model than ours ran, or was loaded for."""
-    return None if config.model_type == OURS else marked(config) or _computes(config._attn_implementation)
+    return None if config.model_type == OURS else marked(config) or _computes(attention_of(config))
 
 
 def _computes(attention: Any) -> str | None:
@@ -140,20 +140,6 @@ def _computes(attention: Any) -> str | None:
     if attention in GUARDED:
         return attention
     return "softpick" if isinstance(attention, str) and "/" in attention and "softpick" in attention else None
-
-
-def _hook(owner: type, name: str, around: Callable) -> None:
-    held = owner.__dict__[name]
-    original = held.__func__ if isinstance(held, classmethod) else held
-    if getattr(original, "softpick_guard", False):
-        return
-
-    @functools.wraps(original)
-    def hooked(self, *args, **kwargs):
-        return around(original, self, *args, **kwargs)
-
-    hooked.softpick_guard = True
-    setattr(owner, name, classmethod(hooked) if isinstance(held, classmethod) else hooked)
 
 
 def _write(original: Callable, config: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True):
@@ -174,7 +160,7 @@ def _read(original: Callable, cls: type, json_file: str | os.PathLike) -> dict[s
 def _warn(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     config = getattr(model.get_base_model(), "config", None)
     parts = _parts(config) if isinstance(config, PreTrainedConfig) and config.model_type != OURS else ()
-    if any(_computes(part._attn_implementation) and not marked(part) for part in parts):
+    if any(_computes(attention_of(part)) and not marked(part) for part in parts):
         logger.warning(
             "These adapters were trained with another attention than softmax, over weights that do not say so: loaded "
             "beside them, they run as softmax. Save the base model first (base.save_pretrained(FOLDER)), load it from "
@@ -185,6 +171,13 @@ def _warn(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _choose(original: Callable, model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any):
     name = marked(model.config)
+    if attn_implementation in REGISTERED and model.config.model_type != OURS:
+        if name is not None:
+            return original(model, attn_implementation, *args, **kwargs)
+        raise ValueError(
+            f"{type(model).__name__} cannot run with attn_implementation={attn_implementation!r}, which says how to "
+            f"compute, and not what. Use one of {', '.join(map(repr, GUARDED))}."
+        )
     if name is not None and attn_implementation is not None and _computes(attn_implementation) != name:
         raise ValueError(
             f"{type(model).__name__} cannot run with attn_implementation={attn_implementation!r}: these weights were "

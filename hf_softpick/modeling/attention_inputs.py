@@ -51,10 +51,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _check_visible(visible: VisibleKeys | Tensor, query: Tensor, key: Tensor) -> None:
     batch, heads, length, _ = query.shape
     if isinstance(visible, VisibleKeys):
-        intervals, keys = tuple(visible.start.shape), visible.keys
-        fits = intervals == tuple(visible.end.shape) and intervals in ((1, length), (batch, length))
+        keys, fits = visible.keys, True
+        if visible.start is not None:
+            intervals = tuple(visible.start.shape)
+            fits = intervals == tuple(visible.end.shape) and intervals in ((1, length), (batch, length))
         if not fits or (keys is not None and tuple(keys.shape) != (batch, key.shape[2])):
-            given = {name: tuple(x.shape) for name, x in visible._asdict().items() if x is not None}
+            given = {name: tuple(x.shape) for name, x in visible._asdict().items() if isinstance(x, Tensor)}
             raise ValueError(
                 f"the visible keys {given} do not fit {batch} rows of {length} queries and {key.shape[2]} keys: "
                 "expected start and end [B or 1, T], keys [B, S]"

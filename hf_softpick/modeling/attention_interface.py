@@ -1,7 +1,8 @@
-"""The meeting point with transformers: the attention and mask functions of its registries, for any model.
+"""The one door: the attention and mask functions that transformers' registries hold for every model.
 
-`attn_implementation="softpick"` (or another normalizer's name) runs a foreign model through `attention_forward`. Our
-own model calls `run_attention` with its own masks.
+`attn_implementation="softpick"` (or another normalizer's name) runs a model of another architecture; our own model,
+whose configuration has a normalizer, runs it by the name of a way to compute it: "auto", "tiled", "triton" or
+"triton_fast". "eager" is transformers' own name, and means `eager_attention_forward` here for our own model alone.
 """
 
 from functools import cache, partial
@@ -15,13 +16,16 @@ from transformers.utils import is_tracing, logging
 from .attention_eager import dense_attention
 from .attention_tiled import tiled_attention
 from .attention_triton import TRITON, refusal, triton_attention
+from .compat import mask_parts
+from .documents import BOUNDARIES, document_positions, numbered_begins, read_documents
 from .normalizers import NORMALIZERS
-from .visibility import BOUNDARIES, VisibleKeys, document_starts, read_boundaries, visible_keys
+from .visibility import VisibleKeys, check_mask, keep_documents_apart, visible_keys
 
 logger = logging.get_logger(__name__)
 
-IMPLEMENTATIONS = ("auto", "eager", "tiled", *TRITON)
-# Arguments of other models' attention that change the scores or the keys, and that these functions do not compute.
+REGISTERED = ("auto", "tiled", *TRITON)
+IMPLEMENTATIONS = ("eager", *REGISTERED)
+# Arguments of models' attention that change the scores or the keys, and that these functions do not compute.
 UNSUPPORTED = {
     "softcap": "softcap (tanh on the scores)",
     "s_aux": "s_aux (attention sinks)",
@@ -33,44 +37,91 @@ UNSUPPORTED = {
 }
 
 
-def run_attention(
+def attention_forward(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: VisibleKeys | Tensor,
-    scale: float,
-    normalizer: str,
-    implementation: str = "auto",
+    attention_mask: "VisibleKeys | CallMask | Tensor | None",
+    scaling: float | None = None,
     dropout: float = 0.0,
-    output_attentions: bool = False,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    name: str,
+    **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention by implementation name; shapes as in `tiled_attention`.
+    """transformers' attention function, registered under every name of NORMALIZERS and REGISTERED.
+
+    Args:
+        query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i). key, value: [B, Hkv, S, D].
+        attention_mask: what `attention_mask_function` returned; or bool [B, 1 or H, T, S]; or None, for causal rows
+            whose documents, if any, are told by position_ids [B or 1, T] or boundaries in kwargs.
+        name: the one it is registered under.
 
     Returns:
-        output [B, T, H, Dv] and, for "eager" or on request, weights [B, H, T, S].
+        output [B, T, H, Dv]; weights [B, H, T, S] if "eager" or `output_attentions` asked for them, else None.
 
     Raises:
-        ValueError: the implementation is unknown, or cannot do what is asked of it.
+        ValueError: the model needs something that this attention does not compute; the message names it.
     """
-    if implementation not in IMPLEMENTATIONS:
+    normalizer, implementation = what_is_computed(module, name)
+    for argument, meaning in UNSUPPORTED.items():
+        if kwargs.get(argument) is not None:
+            raise ValueError(
+                f"{type(module).__name__} uses {meaning}, which attn_implementation={name!r} does not support."
+            )
+    if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
         raise ValueError(
-            f"attention with normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}. "
-            f"Use one of {', '.join(IMPLEMENTATIONS)}."
+            f"{type(module).__name__} is not causal; attn_implementation={name!r} supports causal attention only."
         )
-    if implementation == "eager" or output_attentions:
+    visible = visible_of_call(attention_mask, query, key, sliding_window, position_ids, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if implementation == "eager" or kwargs.get("output_attentions") or (name in NORMALIZERS and dropout > 0):
         return dense_attention(query, key, value, visible, scale, normalizer, dropout)
     if dropout > 0:
         raise ValueError(
-            f"attn_implementation={implementation!r} has no attention dropout, got attention_dropout={dropout}. "
+            f"attn_implementation={name!r} has no attention dropout, got attention_dropout={dropout}. "
             "Set attention_dropout to 0 or use attn_implementation='eager'."
         )
     if implementation == "auto":
-        head_dim = max(query.shape[-1], value.shape[-1])
-        implementation = resolve_auto(query.device, value.dtype, head_dim)
+        implementation = resolve_auto(query.device, value.dtype, max(query.shape[-1], value.shape[-1]))
     if implementation == "tiled":
         return tiled_attention(query, key, value, visible, scale, normalizer), None
-    deterministic = implementation == "triton"
-    return triton_attention(query, key, value, visible, scale, normalizer, deterministic), None
+    return triton_attention(query, key, value, visible, scale, normalizer, implementation == "triton"), None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, position_ids=None, **kwargs):
+    """`attention_forward` as "eager" for our own model, whose mask bool [B, 1, T, S] has read position_ids."""
+    return attention_forward(module, query, key, value, attention_mask, name="eager", **kwargs)
+
+
+def what_is_computed(module: nn.Module, name: str) -> tuple[str, str]:
+    """(normalizer, implementation) that the attention registered under `name` computes for `module`.
+
+    Raises:
+        ValueError: `name` says a way to compute and the model has no normalizer, or another one than `name`.
+    """
+    own = getattr(getattr(module, "config", None), "normalizer", None)
+    if name not in NORMALIZERS:
+        if own is None:
+            raise ValueError(
+                f"{type(module).__name__} cannot run with attn_implementation={name!r}, which says how to compute and "
+                "not what. Use 'softpick' or another normalizer's name."
+            )
+        return own, name
+    if own is not None and own != name:
+        raise ValueError(
+            f"{type(module).__name__} with normalizer {own!r} cannot run with attn_implementation={name!r}: the "
+            "normalizer belongs to the model."
+        )
+    if own is None and name.startswith("scaled_"):
+        raise ValueError(
+            f"{type(module).__name__} cannot run with attn_implementation={name!r}: it has no learnable scale per "
+            f"head. Use {name.removeprefix('scaled_')!r}, or SoftpickForCausalLM with normalizer={name!r}."
+        )
+    return name, "auto"
 
 
 def resolve_auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -94,140 +145,83 @@ def _log_choice(reason: str) -> None:
     logger.warning("attn_implementation='auto' runs 'tiled', which is right, but slow beside the kernels: %s", reason)
 
 
-def check_mask(mask: Tensor, length: int, key_length: int) -> Tensor:
-    """A mask [B, H, T or 1, S or 1] handed in by the user, if it is boolean, as a view [B, H, T, S].
+_READS_MASK = (
+    "This model reads it by itself, so not all of its attention goes through transformers' AttentionInterface"
+)
 
-    Raises:
-        ValueError: it is additive, has another dtype or is not 4-D.
+
+class CallMask:
+    """What transformers says about a call before its attention: padding, cache and window, not yet its documents.
+
+    Arguments are those of `visible_keys`. All layers of a call share it, so the documents are read once.
     """
-    if mask.ndim != 4:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, expected [B, tokens so far] or [B, 1 or H, T, S]"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(
-            f"the 4-D attention_mask has dtype {mask.dtype}, expected torch.bool with True = visible. An additive "
-            "mask cannot exclude a key from softpick's denominator; pass `attention_mask == 0` instead."
-        )
-    sizes = (full if size == 1 else size for size, full in zip(mask.shape[2:], (length, key_length), strict=True))
-    return mask.expand(*mask.shape[:2], *sizes)
 
+    ndim = 4  # transformers asks it of every attention_mask
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    position_ids: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    *,
-    normalizer: str,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function for models that are not ours; registered under each normalizer's name.
+    def __init__(self, *shape: int, device: torch.device, documents: Tensor | None = None, **arguments):
+        self.shape, self.device, self.documents, self.arguments = shape, device, documents, arguments
+        self.read: tuple[Tensor | None, VisibleKeys] | None = None
 
-    Args:
-        query: [B, H, T, D]. key, value: [B, Hkv, S, D], not repeated. attention_mask: what `attention_mask_function`
-            returned, None or bool [B, 1, T, S].
+    def contiguous(self) -> "CallMask":
+        """generate() asks it of the masks that it makes before the call."""
+        return self
 
-    Returns:
-        output [B, T, H, Dv]; weights [B, H, T, S] if `output_attentions` was asked for, else None.
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise ValueError(f"{function.__name__} got attention's mask. {_READS_MASK}")
 
-    Raises:
-        ValueError: the model needs something that this attention does not compute; the message names it.
-    """
-    name = type(module).__name__
-    if normalizer.startswith("scaled_"):
-        raise ValueError(
-            f"{name} cannot run with attn_implementation={normalizer!r}: it has no learnable scale per head. Use "
-            f"{normalizer.removeprefix('scaled_')!r}, or SoftpickForCausalLM with normalizer={normalizer!r}."
-        )
-    for argument, meaning in UNSUPPORTED.items():
-        if kwargs.get(argument) is not None:
-            raise ValueError(f"{name} uses {meaning}, which attn_implementation={normalizer!r} does not support.")
-    if not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-        raise ValueError(f"{name} is not causal; attn_implementation={normalizer!r} supports causal attention only.")
-    boundaries = {name: kwargs[name] for name in (*BOUNDARIES, "seq_idx") if kwargs.get(name) is not None}
-    if boundaries.keys() - ({"cu_seq_lens_k"} if cu_seq_lens_q is not None else set()):
-        (batch, _, length, _), cached = query.shape, key.shape[2] > query.shape[2]
-        boundaries |= {"cu_seq_lens_q": cu_seq_lens_q}
-        # Models number the tokens of a row through: documents by seq_idx alone disagree with that, and are refused.
-        cu_seq_lens_q, position_ids = read_boundaries(boundaries, batch, length, cached, position_ids)
-    visible = visible_of_call(attention_mask, query, key, sliding_window, position_ids, cu_seq_lens_q)
-    return run_attention(
-        query,
-        key,
-        value,
-        visible,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        normalizer,
-        "auto" if dropout == 0 else "eager",
-        dropout,
-        bool(kwargs.get("output_attentions")),
-    )
+    def __getattr__(self, name: str):
+        raise AttributeError(f"attention's mask has no {name!r}. {_READS_MASK}")
+
+    def visible(self, position_ids: Tensor | None) -> VisibleKeys:
+        """What each query sees, of documents that begin as position_ids [B or 1, T] say."""
+        position_ids = self.documents if position_ids is None else position_ids
+        if torch.compiler.is_compiling():
+            return visible_keys(*self.shape, self.device, position_ids=position_ids, **self.arguments)[0]
+        if self.read is None or self.read[0] is not position_ids:
+            given = None if self._is_plain(position_ids) else position_ids
+            visible, _ = visible_keys(*self.shape, self.device, position_ids=given, **self.arguments)
+            self.read = position_ids, visible
+        return self.read[1]
+
+    def _is_plain(self, position_ids: Tensor | None) -> bool:
+        """Models number all tokens even when nothing is packed; transformers asks the device for it as well."""
+        offset = self.arguments.get("query_offset", 0)
+        if position_ids is None or self.arguments.get("padding_mask") is not None or isinstance(offset, Tensor):
+            return position_ids is None
+        index = torch.arange(offset, offset + self.shape[0], device=position_ids.device)
+        return bool((position_ids == index).all())
 
 
 def visible_of_call(
-    attention_mask: Tensor | None,
+    attention_mask: "VisibleKeys | CallMask | Tensor | None",
     query: Tensor,
     key: Tensor,
     sliding_window: int | None,
     position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
+    arguments: dict,
 ) -> VisibleKeys | Tensor:
-    """What `attention_forward` lets each query see; arguments as there."""
-    length, key_length = query.shape[2], key.shape[2]
+    """What `attention_forward` lets each query see; arguments as there, kwargs as `arguments`."""
+    if isinstance(attention_mask, tuple):  # VisibleKeys, perhaps of another copy of this code: the model has read all
+        visible = VisibleKeys(*attention_mask)
+        return visible if visible.mask is None else visible.mask
+    (batch, _, length, _), key_length = query.shape, key.shape[2]
     if position_ids is not None and position_ids.ndim != 2:
         position_ids = None  # multimodal rotary positions say nothing of documents
+    arguments = {name: arguments[name] for name in (*BOUNDARIES, "seq_idx") if name in arguments}
+    if length == 1 and position_ids is None:
+        arguments = {}
+    # Boundaries stand for documents over a cache too, if position_ids go with them.
+    documents = read_documents(arguments, batch, length, key_length > length, position_ids)
+    if isinstance(attention_mask, Tensor):
+        return keep_documents_apart(check_mask(attention_mask, length, key_length), documents)
     if attention_mask is None:
         # One query sees the whole cache; an empty static cache is longer than the input and aligned at the top left.
-        return visible_keys(
-            length,
-            key_length,
-            query.device,
-            query_offset=key_length - 1 if length == 1 else 0,
-            position_ids=position_ids,
-            cu_seq_lens=cu_seq_lens if length > 1 else None,
-            sliding_window=sliding_window,
+        offset = key_length - 1 if length == 1 else 0
+        attention_mask = CallMask(
+            length, key_length, device=query.device, query_offset=offset, sliding_window=sliding_window
         )
-    # transformers ignores packing as soon as a cache or a 2-D mask is given; documents stay apart here all the same.
-    return keep_documents_apart(check_mask(attention_mask, length, key_length), position_ids, cu_seq_lens)
-
-
-def keep_documents_apart(mask: Tensor, position_ids: Tensor | None, cu_seq_lens: Tensor | None) -> Tensor:
-    """`mask`, bool [B, 1 or H, T, S], without what lies in another document of the row.
-
-    Only position 0 begins a document here: under a mask of the user's own, other positions may repeat (draft trees).
-    """
-    if position_ids is None and cu_seq_lens is None:
-        return mask
-    length, key_length = mask.shape[2:]
-    position = position_ids if cu_seq_lens is None else document_starts(cu_seq_lens, length)
-    position = position.to(mask.device)
-    if length != key_length:
-        return _hide_earlier_documents(mask, position)
-    begins = (position == 0) & mask.diagonal(dim1=-2, dim2=-1).any(1)
-    document = begins.cumsum(-1)
-    return mask & (document[:, None, :, None] == document[:, None, None, :])
-
-
-def _hide_earlier_documents(mask: Tensor, position: Tensor) -> Tensor:
-    """Over a cache: a query at position p of its document sees the newest p + 1 of its visible keys, none older.
-
-    Keys behind the query stay, an image prefix may see them. Its column is not known here, but the last query's is the
-    last column that anything sees.
-    """
-    length, key_length = mask.shape[2:]
-    column = torch.arange(key_length, device=mask.device)
-    last = torch.where(mask, column, -1).amax()
-    own = last - (length - 1) + torch.arange(length, device=mask.device)
-    age = (mask & (column <= own[:, None])).flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
-    return mask & (age <= position[:, None, :, None] + 1)
+    return attention_mask.visible(documents)
 
 
 def attention_mask_function(
@@ -237,11 +231,14 @@ def attention_mask_function(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function=causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | VisibleKeys | CallMask | None = None,
+    device: torch.device | None = None,
     **kwargs,
-) -> Tensor | None:
-    """transformers' mask function: None for plain causal attention, else bool [B, 1, T, S]; also for plain
-    attention while tracing, when transformers always asks for packed attention."""
+) -> "VisibleKeys | CallMask | Tensor":
+    """transformers' mask function: what is known of the call, as intervals; a mask bool [B, 1, T, S] only for
+    visibility that is not one interval a query, such as an image that sees itself whole."""
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        return attention_mask  # made by our model, or by generate() before the call
     # Static caches hand in a tensor, which cannot be read while tracing.
     known = isinstance(q_offset, int) or not is_tracing(q_offset)
     if attention_mask is not None and known and attention_mask.shape[-1] < int(q_offset) + q_length:
@@ -249,12 +246,19 @@ def attention_mask_function(
             f"attention_mask covers {attention_mask.shape[-1]} tokens, but cache and input together hold "
             f"{int(q_offset) + q_length}. Pass a mask over all tokens so far, cached ones included."
         )
-    plain = mask_function is causal_mask_function and attention_mask is None and kv_offset == 0
-    if plain and isinstance(q_offset, int) and (q_offset == 0 or q_length == 1) and kv_length >= q_offset + q_length:
-        if q_length > 1 or kv_length == q_offset + 1:
-            return None
-    kwargs["allow_is_causal_skip"] = False
-    mask = sdpa_mask(
+    parts = mask_parts(mask_function)
+    if parts is not None:
+        return CallMask(
+            q_length,
+            kv_length,
+            device=device or torch.device("cpu"),
+            query_offset=q_offset.clone() if isinstance(q_offset, Tensor) else q_offset,  # the cache counts on in it
+            key_offset=kv_offset,
+            padding_mask=attention_mask,
+            sliding_window=parts.window,
+            documents=None if parts.documents is None else document_positions(numbered_begins(parts.documents)),
+        )
+    return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -262,16 +266,16 @@ def attention_mask_function(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        **kwargs,
+        device=device,
+        **{**kwargs, "allow_is_causal_skip": False},
     )
-    return mask
 
 
 def register_attention() -> None:
-    """Put every normalizer's name into both registries of transformers; idempotent."""
-    for normalizer in NORMALIZERS:
-        AttentionInterface.register(normalizer, partial(attention_forward, normalizer=normalizer))
-        AttentionMaskInterface.register(normalizer, attention_mask_function)
+    """Put the names of all normalizers and implementations into both registries of transformers; idempotent."""
+    for name in (*NORMALIZERS, *REGISTERED):
+        AttentionInterface.register(name, partial(attention_forward, name=name))
+        AttentionMaskInterface.register(name, attention_mask_function)
 
 
 register_attention()

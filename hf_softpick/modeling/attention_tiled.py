@@ -51,7 +51,8 @@ def tiled_attention(
     kind = base_normalizer(normalizer)
     check_inputs(query, key, value, visible)
     if isinstance(visible, VisibleKeys):
-        return _forward(query, key, value, visible.start, visible.end, visible.keys, None, scale, kind)[0]
+        start, end = visible.intervals(query.shape[2], key.shape[2], query.device)
+        return _forward(query, key, value, start, end, visible.keys, None, scale, kind)[0]
     mask = explicit_mask(visible, query, key)
     start = torch.zeros(1, query.shape[2], dtype=torch.int64, device=query.device)
     return _forward(query, key, value, start, start + key.shape[2], None, mask, scale, kind)[0]
@@ -256,6 +257,6 @@ def _dense_forward(query, key, value, start, end, keys, mask, scale, kind):
 
     The denominator, which only a backward pass reads, is not computed.
     """
-    visible = VisibleKeys(start, end, keys, start) if mask is None else mask
+    visible = VisibleKeys(start, end, keys) if mask is None else mask
     out, _ = dense_attention(query, key, value, visible, scale, kind)
     return out, query.new_full(query.shape[:3], float("nan"))

@@ -41,7 +41,7 @@ def triton_attention(
     Args:
         query: [B, H, T, D]; for scaled_* already multiplied by s_h * log(n_i).
         key: [B, Hkv, S, D]. value: [B, Hkv, S, Dv], float32, float16 or bfloat16; H a multiple of Hkv. Query and key
-            are cast to the dtype of `value` (scaled queries come in float32); sums are kept in float32.
+            are cast to the dtype of `value`; sums are kept in float32.
         visible: intervals of keys, or a bool mask broadcastable to [B, H, T, S] (True = visible).
         scale: factor of the scores, usually D ** -0.5.
         deterministic: bit-equal gradients on every run. False adds the parts of dq in any order, in one pass.
@@ -56,12 +56,19 @@ def triton_attention(
     check_inputs(query, key, value, visible)
     head_dim = max(query.shape[3], value.shape[3])
     refuse("triton" if deterministic else "triton_fast", head_dim, query.device, value.dtype)
-    if isinstance(visible, VisibleKeys):
-        seen = visible.start, visible.end, visible.keys, None
-    else:
-        seen = None, None, None, explicit_mask(visible, query, key)
     heads_inside = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
+    if isinstance(visible, VisibleKeys):
+        seen = visible.start, visible.end, visible.keys, None, visible.offset, visible.window or 0
+    else:
+        seen = None, None, None, explicit_mask(visible, query, key), 0, 0
     return _forward(*heads_inside, *seen, scale, kind, deterministic)[0]
+
+
+def _visible(start, end, keys, mask, offset: int, window: int) -> "Visible":
+    """The kernels' description: without intervals and mask, rows by a band, for which no tensor is read."""
+    if start is not None or mask is not None:
+        return Visible(start=start, end=end, keys=keys, mask=mask)
+    return Visible(keys=keys, causal=True, offset=offset, window=(window - 1, -1))
 
 
 def refuse(
@@ -119,17 +126,19 @@ def _forward(
     end: Optional[Tensor],  # noqa: UP045
     keys: Optional[Tensor],  # noqa: UP045
     mask: Optional[Tensor],  # noqa: UP045
+    offset: int,
+    window: int,
     scale: float,
     kind: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and log2 of the denominator [B, H, T], float32; inputs [B, T or S, heads, dims]."""
-    visible = Visible(start=start, end=end, keys=keys, mask=mask)
+    visible = _visible(start, end, keys, mask, offset, window)
     return attention_forward(query, key, value, visible, scale, kind)
 
 
 @_forward.register_fake
-def _(query, key, value, start, end, keys, mask, scale, kind, deterministic):
+def _(query, key, value, start, end, keys, mask, offset, window, scale, kind, deterministic):
     batch, length, heads, _ = query.shape
     out = value.new_empty(batch, length, heads, value.shape[3])
     return out, query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -147,6 +156,8 @@ def _backward(
     end: Optional[Tensor],  # noqa: UP045
     keys: Optional[Tensor],  # noqa: UP045
     mask: Optional[Tensor],  # noqa: UP045
+    offset: int,
+    window: int,
     scale: float,
     kind: str,
     deterministic: bool,
@@ -154,12 +165,12 @@ def _backward(
     """Gradients of query, key and value, each in the layout of `_forward`."""
     if not deterministic:
         _alert_not_deterministic()
-    visible = Visible(start=start, end=end, keys=keys, mask=mask)
+    visible = _visible(start, end, keys, mask, offset, window)
     return attention_backward(grad, query, key, value, out, lse, visible, scale, kind, deterministic)
 
 
 @_backward.register_fake
-def _(grad, query, key, value, out, lse, start, end, keys, mask, scale, kind, deterministic):
+def _(grad, query, key, value, out, lse, start, end, keys, mask, offset, window, scale, kind, deterministic):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -177,16 +188,14 @@ def _alert_not_deterministic() -> None:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.kind, ctx.deterministic = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.numbers = inputs[7:]
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad: Tensor | None, grad_lse: Tensor | None):
-    if grad is None:
-        return (None,) * 10
-    gradients = _backward(grad, *ctx.saved_tensors, ctx.scale, ctx.kind, ctx.deterministic)
-    return (*gradients, None, None, None, None, None, None, None)
+    gradients = (None,) * 3 if grad is None else _backward(grad, *ctx.saved_tensors, *ctx.numbers)
+    return (*gradients, *(None,) * 9)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

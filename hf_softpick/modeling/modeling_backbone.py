@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, initialization
+from transformers import Cache, initialization
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -25,15 +25,16 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import TransformersKwargs
 
-from .attention_interface import IMPLEMENTATIONS, check_mask, keep_documents_apart, run_attention
+from .attention_interface import IMPLEMENTATIONS, REGISTERED, eager_attention_forward
 from .attention_triton import TRITON, refuse
+from .compat import attention_of
 from .configuration_softpick import SoftpickConfig
+from .documents import read_documents
 from .normalizers import NORMALIZERS, base_normalizer
 from .softmax_masks import runs_in_engine, softmax_mask
-from .visibility import VisibleKeys, check_padding, document_starts, read_boundaries, visible_keys
+from .visibility import VisibleKeys, check_mask, check_padding, keep_documents_apart, visible_keys
 
 INITIAL_HEAD_SCALE = 0.3
 _HEADS = ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification")
@@ -57,11 +58,21 @@ class SoftpickAttention(LlamaAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: "SoftpickMask",
+        attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        document_position: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, hidden] -> [B, T, hidden] and the weights [B, H, T, S], or None where they are not computed."""
+        """Llama's, but for three things: queries of scaled_* are multiplied by s_h * log(n_i), "eager" is ours, and
+        the window is told.
+
+        Args:
+            hidden_states: [B, T, hidden]. attention_mask: what the mask function of the implementation returned.
+            document_position: int64 [B or 1, T], n_i - 2 of the scaled normalizers; position_ids if it is not told.
+
+        Returns:
+            [B, T, hidden], and the weights [B, H, T, S] or None where they are not computed.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -69,45 +80,49 @@ class SoftpickAttention(LlamaAttention):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        mask, position = attention_mask
-        dropout = self.attention_dropout if self.training else 0.0
-        implementation = self.config._attn_implementation
         if self.head_scale is not None:
-            # n_i = position + 2, so that the first token's logarithm is not 0.
-            length_scale = self.head_scale.float()[:, None] * torch.log(position[:, None].float() + 2)
-            query = query.float() * length_scale[..., None]
-        if implementation in IMPLEMENTATIONS:
-            output, weights = run_attention(
-                query,
-                key,
-                value,
-                mask,
-                self.scaling,
-                self.config.normalizer,
-                implementation,
-                dropout,
-                bool(kwargs.get("output_attentions")),
-            )
-        else:
+            position = kwargs["position_ids"] if document_position is None else document_position
+            query = _scale_queries(query, self.head_scale, position)
+        implementation = attention_of(self.config)
+        if implementation not in IMPLEMENTATIONS:
             # Asserted here as well: writing config._attn_implementation directly passes every check at load time.
             _refuse_foreign(self.config.normalizer, implementation)
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-            output, weights = interface(
-                self,
-                query.to(value.dtype),
-                key,
-                value,
-                mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                sliding_window=self.config.sliding_window,
-                **kwargs,
-            )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-# What the layers receive as attention_mask: what attention sees, and the position of each query in its document.
-SoftpickMask = tuple[VisibleKeys | Tensor | None, Tensor]
+def _scale_queries(query: Tensor, head_scale: Tensor, position: Tensor) -> Tensor:
+    """query [B, H, T, D] times s_h * log(n_i), in its dtype; n_i = position + 2, so that no logarithm is 0."""
+    factor = (head_scale.float()[:, None] * torch.log(position[:, None].float() + 2))[..., None]
+    if query.dtype in (torch.float32, torch.float64) or torch.compiler.is_compiling():  # a compiler fuses the cast
+        return (query * factor).to(query.dtype)
+    return _Scale.apply(query, factor)
+
+
+class _Scale(torch.autograd.Function):
+    """query [B, H, T, D] in 16 bits times a float32 factor [B or 1, H, T, 1], without a float32 copy of the query."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(query, factor)
+        return torch.mul(query, factor, out=torch.empty_like(query))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, factor = ctx.saved_tensors
+        along = (grad * query).sum(-1, keepdim=True, dtype=factor.dtype)
+        return torch.mul(grad, factor, out=torch.empty_like(query)), along.sum_to_size(factor.shape)
 
 
 class SoftpickDecoderLayer(LlamaDecoderLayer):
@@ -224,8 +239,6 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -236,7 +249,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B, T, hidden] of tokens [B, T].
+        """Hidden states [B, T, hidden] of tokens [B, T]: Llama's forward, told who sees whom.
 
         Args:
             attention_mask: [B, tokens so far] with 1 = a token, 0 = padding; or bool [B, 1 or H, T, S] with True =
@@ -249,56 +262,47 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         Raises:
             ValueError: masks or boundaries do not fit the input, or the implementation cannot honour them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        implementation = self.config._attn_implementation
+        given, implementation = input_ids if inputs_embeds is None else inputs_embeds, attention_of(self.config)
         if implementation not in IMPLEMENTATIONS and runs_in_engine(implementation, kwargs):
             if position_ids is None or (attention_mask is not None and attention_mask.ndim == 2):
                 raise ValueError(
                     f"attn_implementation={implementation!r} knows by itself what each query sees, from an engine or "
                     "for want of a mask function: pass position_ids, and no 2-D attention_mask."
                 )
-            mask = attention_mask, position_ids.clamp_min(0)
-        else:
-            mask, position_ids, kwargs = self._what_is_seen(
-                inputs_embeds, attention_mask, position_ids, past_key_values, kwargs
+            kwargs["document_position"] = position_ids.clamp_min(0)
+        elif given is not None:
+            attention_mask, position_ids, kwargs = self._read_call(
+                given, attention_mask, position_ids, past_key_values, kwargs
             )
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
-    def _what_is_seen(
+    def _read_call(
         self,
-        inputs_embeds: Tensor,
+        given: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
-    ) -> tuple[SoftpickMask, Tensor, dict[str, Any]]:
-        """The layers' mask, position_ids [B or 1, T] and further arguments, from what `forward` was given."""
-        kwargs = dict(kwargs)
-        implementation = self.config._attn_implementation
+    ) -> tuple[Any, Tensor, dict[str, Any]]:
+        """What Llama's forward is called with: the mask, position_ids [B or 1, T] and further arguments.
+
+        Llama's mask functions are told neither of documents over a cache or beside padding, nor of n_i.
+        """
+        implementation = attention_of(self.config)
         if kwargs.pop("is_causal", None) is False or kwargs.get("cache") is not None:
             raise ValueError(
                 f"is_causal=False and a paged cache are not supported by attn_implementation={implementation!r}: the "
                 "model is causal, and its keys are those of the call and of past_key_values."
             )
-        batch, length, _ = inputs_embeds.shape
-        device = inputs_embeds.device
+        (batch, length), device = given.shape[:2], given.device
         keys, key_offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
         offset = past_key_values.get_query_offset() if past_key_values is not None else 0
         if isinstance(offset, Tensor):
@@ -308,46 +312,45 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             if padding.dtype != torch.bool:
                 check_padding(padding)
             padding = padding.to(device, torch.bool)
-        cached = past_key_values is not None and (isinstance(offset, Tensor) or offset > 0)
         query = torch.arange(length, device=device) + offset
-        real = None if padding is None else padding[:, query.clamp_max(padding.shape[1] - 1)]
-        cu_seq_lens, given_positions = read_boundaries(kwargs, batch, length, cached, position_ids, real)
-        if given_positions is not None:
-            position_ids = given_positions
-        elif cu_seq_lens is not None:
-            position_ids = document_starts(cu_seq_lens, length)
-        else:
-            position_ids = query[None]
-        visible = visible_keys(
+        real = None if padding is None else padding[:, query.clamp_max(padding.shape[1] - 1)].expand(batch, -1)
+        cached = past_key_values is not None and (isinstance(offset, Tensor) or offset > 0)
+        documents = read_documents(kwargs, batch, length, cached, position_ids, real)
+        if position_ids is None:
+            position_ids = query[None] if documents is None else documents
+        visible, position = visible_keys(
             length,
             keys,
             device,
             query_offset=offset,
             key_offset=key_offset,
             padding_mask=padding,
-            position_ids=given_positions,
-            cu_seq_lens=cu_seq_lens,
+            position_ids=documents,
             sliding_window=self.config.sliding_window,
         )
+        if self.config.normalizer.startswith("scaled_"):
+            kwargs["document_position"] = position
         if attention_mask is not None and padding is None:
             if implementation not in (*IMPLEMENTATIONS, "sdpa"):
                 raise ValueError(
                     f"attn_implementation={implementation!r} does not take the attention_mask "
                     f"{tuple(attention_mask.shape)} here. Use 'auto', 'tiled', 'eager' or 'sdpa'."
                 )
-            mask = keep_documents_apart(check_mask(attention_mask, length, keys), given_positions, cu_seq_lens)
+            mask = keep_documents_apart(check_mask(attention_mask, length, keys), documents)
             if self.config.sliding_window is not None:
                 first = query[:, None] - key_offset - self.config.sliding_window + 1
                 mask = mask & (torch.arange(keys, device=device) >= first)
-        elif implementation in IMPLEMENTATIONS:
-            mask = visible
-        else:
-            _refuse_foreign(self.config.normalizer, implementation)
-            mask, more = softmax_mask(
-                self.config, visible, inputs_embeds, padding, past_key_values, keys, position_ids, query
-            )
-            kwargs = {**kwargs, **more}
-        return (mask, visible.position), position_ids, kwargs
+            return (VisibleKeys(mask=mask) if implementation in REGISTERED else mask), position_ids, kwargs
+        if implementation in REGISTERED:
+            return visible, position_ids, kwargs
+        if implementation in ("eager", "sdpa"):
+            return visible.dense(length, keys, device), position_ids, kwargs
+        _refuse_foreign(self.config.normalizer, implementation)
+        rows = torch.empty(batch, length, 0, dtype=self.dtype, device=device)
+        mask, more = softmax_mask(
+            self.config, visible, position, rows, padding, past_key_values, keys, position_ids, query
+        )
+        return mask, position_ids, {**kwargs, **more}
 
 
 __all__ = ["SoftpickModel", "SoftpickPreTrainedModel"]

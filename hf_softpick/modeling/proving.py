@@ -31,7 +31,7 @@ def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
     def recorded(module, *args, **kwargs):
         calls.append(module)
         with other.paused():
-            return attention_forward(module, *args, **kwargs | {"normalizer": computed})
+            return attention_forward(module, *args, **kwargs | {"name": computed})
 
     with _running(model, normalizer) as rows:
         ALL_ATTENTION_FUNCTIONS[config._attn_implementation] = recorded

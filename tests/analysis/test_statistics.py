@@ -109,7 +109,7 @@ def _dense(model, inputs):
 
 def _visible(inputs, window):
     mask = inputs.get("attention_mask")
-    keys = visible_keys(
+    keys, _ = visible_keys(
         LENGTH,
         LENGTH,
         torch.device("cpu"),
@@ -117,7 +117,7 @@ def _visible(inputs, window):
         position_ids=inputs.get("position_ids"),
         sliding_window=window,
     )
-    return keys.dense(LENGTH)[:, 0].expand(2, -1, -1)
+    return keys.dense(LENGTH, LENGTH)[:, 0].expand(2, -1, -1)
 
 
 def _check(model, inputs, windows=(None, None), tolerance=1e-10):
@@ -237,11 +237,11 @@ def test_tiles_without_a_positive_score():
     key[:, :, 130:190] *= -1
     key[:, :, 64:128] = 0.0  # a score of exactly 0 is not positive
     position = torch.stack([torch.arange(200), torch.cat([torch.arange(90), torch.arange(110)])])
-    visible = visible_keys(200, 200, query.device, position_ids=position)
-    see = visible.dense(200)[:, 0].expand(2, -1, -1)
+    visible, _ = visible_keys(200, 200, query.device, position_ids=position)
+    see = visible.dense(200, 200)[:, 0].expand(2, -1, -1)
     scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2)
     for normalizer in ("softpick", "softmax", "rectified_softmax"):
-        for shown in (visible, visible.dense(200)):
+        for shown in (visible, visible.dense(200, 200)):
             rows = attention_rows(AttentionCall(query, key, shown, 0.3, normalizer))
             for index, size in enumerate((64, 128)):
                 for head in range(4):
@@ -334,20 +334,18 @@ def _stop(*arguments):
 
 
 def test_nothing_is_left_behind():
-    """Hooks and wrappers go away, also when the forward pass fails; mode and outputs are as before."""
-    from transformers import AttentionInterface
-
-    from hf_softpick.modeling import modeling_backbone
+    """Hooks and the watching attention go away, also when the forward pass fails; mode and outputs are as before."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model = _ours("softpick").train()
     inputs = _batch("plain")
-    before = AttentionInterface.get_interface, modeling_backbone.run_attention
+    before = dict(ALL_ATTENTION_FUNCTIONS)
     measure(model, [inputs])
     with pytest.raises(RuntimeError, match="stop here"):
         handle = model.model.layers[1].mlp.register_forward_hook(_stop)
         measure(model, [inputs])
     handle.remove()
-    assert (AttentionInterface.get_interface, modeling_backbone.run_attention) == before
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -237,7 +237,7 @@ def operands(kind: str):
     query, key, value = (torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes)
     padding = torch.arange(12) >= torch.tensor([[0], [5]])
     visible = {
-        "intervals": visible_keys(9, 12, query.device, query_offset=3, padding_mask=padding),
+        "intervals": visible_keys(9, 12, query.device, query_offset=3, padding_mask=padding)[0],
         "mask": torch.rand(2, 1, 9, 12) > 0.5,
     }[kind]
     return [query, key, value], visible, torch.randn(2, 9, 4, 6)
@@ -322,7 +322,7 @@ def test_empty_and_expanded_tensors():
     for batch, length, total in ((0, 5, 5), (1, 0, 5), (1, 5, 0)):
         shapes = (batch, 4, length, 8), (batch, 2, total, 8), (batch, 2, total, 8)
         tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        out = triton_attention(*tensors, visible_keys(length, total, tensors[0].device), 0.5)
+        out = triton_attention(*tensors, visible_keys(length, total, tensors[0].device)[0], 0.5)
         assert out.shape == (batch, length, 4, 8) and (out == 0).all()
         assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), tensors))
     tensors, visible, _ = operands("intervals")

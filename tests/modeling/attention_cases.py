@@ -2,8 +2,9 @@
 
 import torch
 
+from hf_softpick.modeling.documents import boundary_begins, document_positions
 from hf_softpick.modeling.normalizers import SOFTPICK_EPS, reference_attention
-from hf_softpick.modeling.visibility import visible_keys
+from hf_softpick.modeling.visibility import visible_keys as visible_keys_and_positions
 
 CPU = torch.device("cpu")
 BASES = ["softpick", "softmax", "rectified_softmax"]
@@ -20,6 +21,11 @@ EXTREME_ROWS = (
     [-0.5, -0.25, 1e-3, -1e4],
     [5.0, 6.0, 7.0, 8.0],
 )
+
+
+def visible_keys(*sizes, **options):
+    """What each query sees, without its place in its document."""
+    return visible_keys_and_positions(*sizes, **options)[0]
 
 
 def positions(batch, length, seed=0):
@@ -52,7 +58,8 @@ def seen(kind, batch, heads, length, cached):
         return mask
     if kind == "cu_seq_lens":
         boundaries = torch.tensor([0, 0, length // 3, length // 3, length // 3 + 1, length])
-        return visible_keys(length, length, CPU, cu_seq_lens=boundaries.clamp_max(length).sort().values)
+        begins = boundary_begins(boundaries.clamp_max(length).sort().values, length)
+        return visible_keys(length, length, CPU, position_ids=document_positions(begins))
     options = {
         "causal": {},
         "packed": {"position_ids": positions(batch, total)[:, cached:]},

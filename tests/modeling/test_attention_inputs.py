@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from attention_cases import BASES, CPU, inputs, run, seen
+from attention_cases import BASES, CPU, inputs, run, seen, visible_keys
 from torch.testing import assert_close
 
 from hf_softpick.modeling import attention_tiled
 from hf_softpick.modeling.attention_tiled import tiled_attention
-from hf_softpick.modeling.visibility import VisibleKeys, visible_keys
+from hf_softpick.modeling.visibility import VisibleKeys
 
 LAYOUTS = {
     "heads_last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -58,7 +58,7 @@ def test_mixed_dtypes_and_partial_gradients():
 def test_empty_inputs_give_empty_or_zero(batch, length, total, as_mask, normalizer):
     tensors, grad = inputs(batch, 4, 2, length, total, 8, 6, torch.float32)
     visible = visible_keys(length, total, CPU, query_offset=max(total - length, 0))
-    visible = visible.dense(total) if as_mask else visible
+    visible = visible.dense(length, total) if as_mask else visible
     out, *gradients = run(lambda q, k, v: tiled_attention(q, k, v, visible, 1.0, normalizer), tensors, grad)
     assert out.shape == (batch, length, 4, 6) and (total > 0 or (out == 0).all())
     assert all((g == 0).all() for g in gradients) or total * batch * length > 0
@@ -76,7 +76,7 @@ def _operands(kind, batch, dtype):
     tensors, grad = inputs(batch, 4, 2, 6, 6, 8, 4, dtype)
     visible = seen(kind, batch, 4, 6, 0)
     if isinstance(visible, VisibleKeys):
-        return tensors, grad, [visible.start, visible.end, visible.keys, None, 0.5, "softpick"]
+        return tensors, grad, [*visible.intervals(6, 6), visible.keys, None, 0.5, "softpick"]
     start = torch.zeros(1, 6, dtype=torch.int64)
     return tensors, grad, [start, start + 6, None, visible, 0.5, "softpick"]
 
@@ -127,7 +127,7 @@ def test_intervals_that_do_not_fit_are_refused():
     """Too few of them would leave the last rows 0."""
     (query, key, value), _ = inputs(2, 4, 2, 5, 6, 8, 8, torch.float32)
     padded = visible_keys(5, 6, CPU, query_offset=1, padding_mask=torch.ones(3, 6, dtype=torch.bool))
-    for visible in (visible_keys(4, 6, CPU), visible_keys(6, 6, CPU), padded):
+    for visible in (*(visible_keys(n, 6, CPU, position_ids=torch.arange(n)[None]) for n in (4, 6)), padded):
         with pytest.raises(ValueError, match="do not fit 2 rows of 5 queries and 6 keys"):
             tiled_attention(query, key, value, visible, 1.0)
 
@@ -145,15 +145,15 @@ def test_wrong_dtypes_and_names_are_refused():
 
 MEMORY = """
 import torch
-from hf_softpick.modeling.visibility import visible_keys
 from hf_softpick.modeling.attention_tiled import tiled_attention
+from hf_softpick.modeling.visibility import visible_keys
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 def step(length):
     tensors = [torch.randn(1, 4, length, 16, requires_grad=True) for _ in range(3)]
-    visible = visible_keys(length, length, torch.device("cpu"), padding_mask=torch.arange(length)[None] > 3)
+    visible, _ = visible_keys(length, length, torch.device("cpu"), padding_mask=torch.arange(length)[None] > 3)
     tiled_attention(*tensors, visible, 0.25).sum().backward()
 
 step(512)

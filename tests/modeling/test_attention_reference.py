@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from attention_cases import visible_keys, visible_keys_and_positions
 from torch.testing import assert_close
 
 from hf_softpick.modeling.attention_eager import dense_attention
 from hf_softpick.modeling.normalizers import NORMALIZERS, SOFTPICK_EPS, reference_attention
-from hf_softpick.modeling.visibility import visible_keys
 
 CPU = torch.device("cpu")
 BASES = ["softpick", "softmax", "rectified_softmax"]
@@ -63,7 +63,7 @@ def test_is_the_formula_with_masks_and_shared_key_heads():
 @pytest.mark.parametrize("documents", [False, True], ids=["causal", "packed"])
 def test_gradcheck(normalizer, key_heads, documents):
     inputs = off_the_kink((1, 4, 8, 3), key_heads, seed=key_heads, value_dim=2)
-    mask = visible_keys(8, 8, CPU, position_ids=DOCUMENTS if documents else None).dense(8)
+    mask = visible_keys(8, 8, CPU, position_ids=DOCUMENTS if documents else None).dense(8, 8)
     assert torch.autograd.gradcheck(lambda q, k, v: reference_attention(q, k, v, mask, 3**-0.5, normalizer), inputs)
 
 
@@ -71,14 +71,14 @@ def test_gradcheck(normalizer, key_heads, documents):
 def test_scaled_normalizers_scale_the_query_beforehand(normalizer):
     """x <- s_h * log(n_i) * x is the same on the query as on the score; s_h gets its gradient through it."""
     query, key, value = off_the_kink((1, 2, 8, 4), 2)
-    visible = visible_keys(8, 8, CPU, position_ids=DOCUMENTS)
-    assert visible.position.tolist() == DOCUMENTS.tolist()
+    visible, position = visible_keys_and_positions(8, 8, CPU, position_ids=DOCUMENTS)
+    assert position.tolist() == DOCUMENTS.tolist()
     strength = torch.tensor([0.3, 0.5], dtype=torch.float64, requires_grad=True)
-    factor = strength[:, None, None] * torch.log(visible.position[:, None, :, None] + 2.0).double()
-    out, _ = reference_attention(query * factor, key, value, visible.dense(8), 0.5, normalizer)
-    scores = (query @ key.transpose(-1, -2) * 0.5 * factor).masked_fill(~visible.dense(8), 0)
+    factor = strength[:, None, None] * torch.log(position[:, None, :, None] + 2.0).double()
+    out, _ = reference_attention(query * factor, key, value, visible.dense(8, 8), 0.5, normalizer)
+    scores = (query @ key.transpose(-1, -2) * 0.5 * factor).masked_fill(~visible.dense(8, 8), 0)
     if normalizer == "scaled_softmax":
-        weights = torch.softmax(scores.masked_fill(~visible.dense(8), -math.inf), -1)
+        weights = torch.softmax(scores.masked_fill(~visible.dense(8, 8), -math.inf), -1)
     else:
         total = torch.expm1(scores).abs().sum(-1, keepdim=True) + 1e-6
         weights = torch.relu(torch.expm1(scores)) / total
@@ -92,7 +92,7 @@ def test_scaled_normalizers_scale_the_query_beforehand(normalizer):
 def test_backward_is_the_formula_of_the_design(key_heads):
     """dv = sum w do; dx = e^(x - L) * (dp - delta where x > 0, else delta), written out by hand."""
     query, key, value = off_the_kink((2, 4, 8, 5), key_heads, seed=7)
-    mask = visible_keys(8, 8, CPU, position_ids=DOCUMENTS).dense(8)
+    mask = visible_keys(8, 8, CPU, position_ids=DOCUMENTS).dense(8, 8)
     scale, groups = 5**-0.5, 4 // key_heads
     out, weights = reference_attention(query, key, value, mask, scale)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -117,7 +117,7 @@ def test_backward_is_the_formula_of_the_design(key_heads):
 def test_output_has_the_dtype_of_value_and_is_computed_in_float32(normalizer, dtype):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 9, 4, generator=generator).to(dtype) for _ in range(3))
-    mask = visible_keys(9, 9, CPU).dense(9)
+    mask = visible_keys(9, 9, CPU).dense(9, 9)
     out, weights = reference_attention(query, key, value, mask, 0.5, normalizer)
     assert out.dtype == dtype and out.is_contiguous()
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -130,8 +130,8 @@ def test_dense_attention_takes_intervals_masks_and_none(normalizer):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, h, 8, 4, generator=generator) for h in (4, 2, 2))
     visible = visible_keys(8, 8, CPU, position_ids=DOCUMENTS)
-    expected = reference_attention(query, key, value, visible.dense(8), 0.5, normalizer)
-    for given in (visible, visible.dense(8), visible.dense(8).expand(2, 4, 8, 8)):
+    expected = reference_attention(query, key, value, visible.dense(8, 8), 0.5, normalizer)
+    for given in (visible, visible.dense(8, 8), visible.dense(8, 8).expand(2, 4, 8, 8)):
         actual = dense_attention(query, key, value, given, 0.5, normalizer)
         assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     everything, _ = reference_attention(query, key, value, None, 0.5, normalizer)
@@ -159,7 +159,7 @@ def test_nan_and_inf_reach_exactly_the_rows_that_see_them(normalizer, tensor, ba
     """-inf in a score or a weight of 0 would launder it; 0 * NaN in the product with the values would spread it."""
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(2, 2, 8, 4, generator=generator) for name in ("query", "key", "value")}
-    mask = visible_keys(8, 8, CPU, position_ids=DOCUMENTS).dense(8)
+    mask = visible_keys(8, 8, CPU, position_ids=DOCUMENTS).dense(8, 8)
     clean, _ = reference_attention(*inputs.values(), mask, 0.5, normalizer)
     inputs[tensor][1, 1, 3, 2] = bad
     out, _ = reference_attention(*inputs.values(), mask, 0.5, normalizer)

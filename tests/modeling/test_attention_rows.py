@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from attention_cases import BASES, CPU, EXTREME_ROWS, inputs, positions, run
+from attention_cases import BASES, CPU, EXTREME_ROWS, inputs, positions, run, visible_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hf_softpick.modeling.attention_tiled import SHIFT_LIMIT, tiled_attention
 from hf_softpick.modeling.normalizers import attention_weights, reference_attention
-from hf_softpick.modeling.visibility import visible_keys
 
 LIMIT = SHIFT_LIMIT * math.log(2)  # the score from which a row is shifted by its maximum
 
@@ -143,10 +142,10 @@ def test_nan_and_inf_reach_exactly_the_rows_that_see_them(normalizer, tensor, ba
     if tensor == "query":
         touched[1, 60, 3] = True
     else:
-        touched[1, :, 2:] = visible.dense(130)[1, 0, :, 60][:, None]
+        touched[1, :, 2:] = visible.dense(130, 130)[1, 0, :, 60][:, None]
     tensors = [x.requires_grad_() for x in named.values()]
     out, *gradients = run(lambda *x: tiled_attention(*x, visible, 0.5, normalizer), tensors, grad)
-    assert touched.sum() in (1, 2 * visible.dense(130)[1, 0, :, 60].sum())
+    assert touched.sum() in (1, 2 * visible.dense(130, 130)[1, 0, :, 60].sum())
     assert out[touched].isnan().all() and torch.equal(out[~touched], clean[~touched].double())
     # Backward: what a touched row gives is NaN too; another row of the batch, another key head never is.
     dq, clean_dq = (x[0].transpose(1, 2) for x in (gradients, clean_gradients))
@@ -177,7 +176,8 @@ def test_packed_documents_equal_the_same_documents_alone(normalizer):
     lengths = [1, 70, 2, 64, 33]
     tensors, grad = inputs(1, 4, 2, sum(lengths), sum(lengths), 16, 16, torch.float32)
     boundaries = torch.tensor([0, *lengths]).cumsum(0)
-    packed = visible_keys(sum(lengths), sum(lengths), CPU, cu_seq_lens=boundaries)
+    documents = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = visible_keys(sum(lengths), sum(lengths), CPU, position_ids=documents)
     together = run(lambda *x: tiled_attention(*x, packed, 0.5, normalizer), tensors, grad)
     for start, length in zip(boundaries.tolist(), lengths, strict=False):
         piece = slice(start, start + length)

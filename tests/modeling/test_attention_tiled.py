@@ -5,13 +5,13 @@ import random
 
 import pytest
 import torch
-from attention_cases import BASES, CPU, KINDS, inputs, plain, run, seen, written_gradients
+from attention_cases import BASES, CPU, KINDS, inputs, plain, run, seen, visible_keys, written_gradients
 from torch.testing import assert_close
 
 from hf_softpick.modeling import attention_blocks
 from hf_softpick.modeling.attention_tiled import tiled_attention
 from hf_softpick.modeling.normalizers import reference_attention
-from hf_softpick.modeling.visibility import VisibleKeys, visible_keys
+from hf_softpick.modeling.visibility import VisibleKeys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -41,8 +41,8 @@ def assert_agrees(visible, tensors, grad, normalizer, scale):
 
     Plain are autograd of the formula and the written backward formula, whose <o, do> rounds where a row sees one key.
     """
-    dtype, total = tensors[0].dtype, tensors[1].shape[2]
-    mask = visible.dense(total) if isinstance(visible, VisibleKeys) else visible
+    dtype, length, total = tensors[0].dtype, tensors[0].shape[2], tensors[1].shape[2]
+    mask = visible.dense(length, total) if isinstance(visible, VisibleKeys) else visible
     exact_inputs = [x.detach().double().requires_grad_() for x in tensors]
     exact = run(lambda q, k, v: reference_attention(q, k, v, mask, scale, normalizer)[0], exact_inputs, grad)
     ours = run(lambda q, k, v: tiled_attention(q, k, v, visible, scale, normalizer), tensors, grad)
@@ -86,7 +86,7 @@ def test_scores_near_0_keep_their_digits(kind, scale):
     """e^x - 1 in float32 has two digits left of a score of 1e-5; untrained and tiny models have many."""
     tensors, grad = inputs(2, 4, 2, 70, 80, 16, 16, torch.float32)
     visible = seen(kind, 2, 4, 70, 10)
-    mask = visible.dense(80) if isinstance(visible, VisibleKeys) else visible
+    mask = visible.dense(70, 80) if isinstance(visible, VisibleKeys) else visible
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     exact = run(lambda q, k, v: reference_attention(q, k, v, mask, scale / 4)[0], doubles, grad)
     for attention in (
@@ -103,7 +103,7 @@ def test_many_small_scores_keep_their_sign_in_the_gradient():
     tensors = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]
     grad, visible = torch.randn(1, length, 1, 16), visible_keys(length, length, torch.device("cpu"))
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    mask = visible.dense(length)
+    mask = visible.dense(length, length)
     expected = run(lambda q, k, v: reference_attention(q, k, v, mask, 1e-4, "softpick")[0], exact, grad)
     ours = run(lambda q, k, v: tiled_attention(q, k, v, visible, 1e-4), tensors, grad)
     for o, e, rounded in zip(ours, expected, (1e-6, 1e-6, 1e-6, 1e-3), strict=True):

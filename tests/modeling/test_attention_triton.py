@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
+from attention_cases import visible_keys
 from tiny_softpick import tiny_config, tiny_model, tokens
 
 from hf_softpick import SoftpickForCausalLM
 from hf_softpick.modeling import attention_interface, attention_triton
 from hf_softpick.modeling.attention_interface import resolve_auto
 from hf_softpick.modeling.attention_triton import TRITON, triton_attention
-from hf_softpick.modeling.visibility import visible_keys
 
 CUDA = torch.device("cuda", 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

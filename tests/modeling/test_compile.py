@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from attention_cases import visible_keys
 from tiny_softpick import close, tiny_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from hf_softpick.modeling.attention_tiled import tiled_attention
-from hf_softpick.modeling.visibility import visible_keys
 
 LENGTH = 80  # unlike every size of the model, so that a T x T tensor is recognised by its shape
 

@@ -220,7 +220,7 @@ def test_inputs_embeds_stand_for_tokens():
     model, ids = tiny_model(), tokens(2, 8)
     assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, model(ids).logits)
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": model.model.embed_tokens(ids)}):
-        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
             model(**arguments)
 
 

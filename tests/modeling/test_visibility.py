@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_softpick.modeling.attention_interface import attention_forward
+from hf_softpick.modeling.documents import boundary_begins, document_positions, read_documents
 from hf_softpick.modeling.normalizers import reference_attention
-from hf_softpick.modeling.visibility import VisibleKeys, document_starts, visible_keys
+from hf_softpick.modeling.visibility import visible_keys
 
 CPU = torch.device("cpu")
 quick = settings(max_examples=250, deadline=None, derandomize=True)
@@ -67,7 +68,7 @@ def test_is_the_double_loop(call):
     key_length = total - dropped + room
     # Tokens that are not there yet may be marked real; they are in the future of every query.
     mask = torch.tensor([r.real + [True] * longer_mask for r in rows]) if padded else None
-    visible = visible_keys(
+    visible, position = visible_keys(
         queries,
         key_length,
         CPU,
@@ -77,10 +78,12 @@ def test_is_the_double_loop(call):
         position_ids=torch.tensor([r.position[offset:] for r in rows]) if packed else None,
         sliding_window=window,
     )
-    dense = visible.dense(key_length)
+    dense = visible.dense(queries, key_length)
     assert dense.dtype == torch.bool and dense.shape[1:] == (1, queries, key_length)
-    assert visible.start.shape == visible.end.shape == visible.position.shape
-    dense, position = dense.expand(len(rows), -1, -1, -1), visible.position.expand(len(rows), -1)
+    start, end = visible.intervals(queries, key_length)
+    assert start.shape == end.shape and start.dtype == end.dtype == torch.int32
+    assert (visible.start is None) == (not padded and not packed)
+    dense, position = dense.expand(len(rows), -1, -1, -1), position.expand(len(rows), -1)
     for b, r in enumerate(rows):
         for i in range(queries):
             query = offset + i
@@ -105,7 +108,7 @@ def test_any_position_ids_mean_what_is_documented(positions, offset, data):
     """Also positions that jump, or that reach behind the row: a break starts a document, position p reaches p back."""
     total = offset + len(positions)
     real = data.draw(st.lists(st.booleans(), min_size=total, max_size=total) | st.none())
-    visible = visible_keys(
+    visible, place = visible_keys(
         len(positions),
         total,
         CPU,
@@ -113,7 +116,7 @@ def test_any_position_ids_mean_what_is_documented(positions, offset, data):
         padding_mask=None if real is None else torch.tensor([real]),
         position_ids=torch.tensor([positions]),
     )
-    dense = visible.dense(total)[0, 0].tolist()
+    dense = visible.dense(len(positions), total)[0, 0].tolist()
     real = real or [True] * total
     start, previous = 0, None
     for i, position in enumerate(positions):
@@ -127,7 +130,7 @@ def test_any_position_ids_mean_what_is_documented(positions, offset, data):
         reach = before[max(len(before) - position, 0) :] + [query]
         expected = [key for key in reach if key >= start]
         assert [key for key, seen in enumerate(dense[i]) if seen] == expected
-        assert visible.position[0, i] == len(expected) - 1
+        assert place[0, i] == len(expected) - 1
 
 
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6), window=st.none() | st.integers(1, 4))
@@ -137,35 +140,33 @@ def test_cu_seq_lens_are_documents(lengths, window):
     boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     length = sum(lengths)
     document = [d for d, count in enumerate(lengths) for _ in range(count)]
-    visible = visible_keys(length, length, CPU, cu_seq_lens=boundaries, sliding_window=window)
+    documents = document_positions(boundary_begins(boundaries, length))
+    visible, position = visible_keys(length, length, CPU, position_ids=documents, sliding_window=window)
     r = Row(document, [True] * length, [])
     expected = [[sees(r, query, key, window) for key in range(length)] for query in range(length)]
-    assert visible.dense(length)[0, 0].tolist() == expected
-    assert document_starts(boundaries, length).tolist() == visible.position.tolist()
-    positions = torch.tensor([[i for count in lengths for i in range(count)]], dtype=torch.int64)
-    restarts = visible_keys(length, length, CPU, position_ids=positions, sliding_window=window)
-    assert all(torch.equal(a, b) for a, b in zip(restarts, visible, strict=True) if a is not None)
+    assert visible.dense(length, length)[0, 0].tolist() == expected
+    assert documents.tolist() == position.tolist() == [[i for count in lengths for i in range(count)]]
 
 
 def test_plain_causal_by_eye():
-    visible = visible_keys(3, 5, CPU, query_offset=2)
-    assert visible.dense(5).int().tolist() == [[[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
-    assert visible.position.tolist() == [[2, 3, 4]] and visible.keys is None
+    visible, position = visible_keys(3, 5, CPU, query_offset=2)
+    assert visible.dense(3, 5).int().tolist() == [[[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
+    assert position.tolist() == [[2, 3, 4]] and visible == (None, None, None, 2, None, None)
 
 
 def test_left_padding_and_packed_documents_by_eye():
     """Row 0: two padded tokens, then documents of 1 and 2 tokens. Row 1: one document."""
-    visible = visible_keys(
+    visible, position = visible_keys(
         5,
         5,
         CPU,
         padding_mask=torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool(),
         position_ids=torch.tensor([[1, 1, 0, 0, 1], [0, 1, 2, 3, 4]]),
     )
-    dense = visible.dense(5).int()
+    dense = visible.dense(5, 5).int()
     assert dense[0, 0, 2:].tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     assert dense[1, 0].tolist() == torch.ones(5, 5).tril().int().tolist()
-    assert visible.position[0, 2:].tolist() == [0, 0, 1] and visible.position[1].tolist() == [0, 1, 2, 3, 4]
+    assert position[0, 2:].tolist() == [0, 0, 1] and position[1].tolist() == [0, 1, 2, 3, 4]
 
 
 @given(call=calls())
@@ -178,7 +179,7 @@ def test_one_call_equals_any_two_chunks(call):
     positions = torch.tensor([r.position for r in rows]) if packed else None
 
     def dense(first, last):
-        visible = visible_keys(
+        visible, _ = visible_keys(
             last - first,
             last,
             CPU,
@@ -187,7 +188,7 @@ def test_one_call_equals_any_two_chunks(call):
             position_ids=None if positions is None else positions[:, first:last],
             sliding_window=window,
         )
-        return visible.dense(last).expand(len(rows), -1, -1, -1)
+        return visible.dense(last - first, last).expand(len(rows), -1, -1, -1)
 
     real = torch.tensor([r.real for r in rows])[:, offset:, None]
     assert torch.equal(dense(0, total)[:, 0, offset:] & real, dense(offset, total)[:, 0] & real)
@@ -198,25 +199,26 @@ def test_offset_may_be_a_tensor():
     for options in ({}, {"sliding_window": 3}, {"padding_mask": torch.tensor([[False, False] + [True] * 6])}):
         a = visible_keys(3, 10, CPU, query_offset=5, **options)
         b = visible_keys(3, 10, CPU, query_offset=torch.tensor(5), **options)
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+        assert torch.equal(a[0].dense(3, 10), b[0].dense(3, 10)) and torch.equal(a[1], b[1])
 
 
 def test_one_row_of_positions_serves_a_padded_batch():
     mask = torch.tensor([[True] * 6, [False] * 2 + [True] * 4])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    shared = visible_keys(6, 6, CPU, padding_mask=mask, position_ids=positions)
-    each = visible_keys(6, 6, CPU, padding_mask=mask, position_ids=positions.expand(2, -1))
-    assert torch.equal(shared.dense(6), each.dense(6))
+    shared, _ = visible_keys(6, 6, CPU, padding_mask=mask, position_ids=positions)
+    each, _ = visible_keys(6, 6, CPU, padding_mask=mask, position_ids=positions.expand(2, -1))
+    assert torch.equal(shared.dense(6, 6), each.dense(6, 6))
 
 
 def test_everything_is_linear_in_the_length():
     """A [T, S] mask of these lengths would take 40 GB."""
     length = 200_000
     positions = torch.arange(length)[None] % 5000
-    visible = visible_keys(length, length, CPU, position_ids=positions, padding_mask=torch.ones(1, length).bool())
-    assert isinstance(visible, VisibleKeys)
-    assert all(x.numel() == length for x in visible)
-    assert torch.equal(visible.position, positions)
+    visible, position = visible_keys(
+        length, length, CPU, position_ids=positions, padding_mask=torch.ones(1, length).bool()
+    )
+    assert all(x.numel() == length for x in visible[:3])
+    assert torch.equal(position, positions)
 
 
 def test_masks_shorter_than_the_tokens_are_refused():
@@ -236,12 +238,12 @@ def test_masks_shorter_than_the_tokens_are_refused():
 )
 def test_boundaries_that_do_not_fit_are_refused(boundaries, message):
     with pytest.raises(ValueError, match=message):
-        visible_keys(6, 6, CPU, cu_seq_lens=torch.tensor(boundaries))
+        boundary_begins(torch.tensor(boundaries), 6)
 
 
 def test_boundaries_after_cached_tokens_are_refused():
-    with pytest.raises(ValueError, match="4 cached tokens.*Use position_ids"):
-        visible_keys(6, 10, CPU, query_offset=4, cu_seq_lens=torch.tensor([0, 3, 6]))
+    with pytest.raises(ValueError, match="cached tokens.*Use position_ids"):
+        read_documents({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, 1, 6, cached=True)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -250,8 +252,6 @@ def test_a_call_without_a_mask_keeps_its_window(window):
     query, key, value = torch.randn(3, 1, 2, 12, 8, generator=torch.Generator().manual_seed(0)).unbind()
     distance = torch.arange(12)[:, None] - torch.arange(12)
     mask = (distance >= 0) & (distance < (window or 12))
-    out, _ = attention_forward(
-        torch.nn.Module(), query, key, value, None, 0.5, sliding_window=window, normalizer="softpick"
-    )
+    out, _ = attention_forward(torch.nn.Module(), query, key, value, None, 0.5, sliding_window=window, name="softpick")
     expected, _ = reference_attention(query, key, value, mask, 0.5)
     torch.testing.assert_close(out, expected)

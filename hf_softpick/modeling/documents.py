@@ -1,0 +1,144 @@
+"""Where the documents of packed rows begin: the one rule, which everything that packs, masks or counts asks.
+
+A token begins a document where its position is not one more than that of the real token before it in its row. Legend:
+B rows, T tokens of a row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Names under which libraries pass the boundaries of documents, int [documents + 1].
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seq_lens_k", "cu_seqlens_k")
+
+
+def document_begins(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
+    """bool [B, T]: the tokens that begin a document, the first of each row among them; padding begins none.
+
+    Args:
+        position_ids: int [B or 1, T]. real: bool [B, T], False = padding, which has no position of its own.
+    """
+    index = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    if real is None:
+        return (position_ids - position_ids.roll(1, -1) != 1) | (index == 0)
+    last = torch.where(real, index, -1).cummax(-1)[0].roll(1, -1)  # column of the real token before
+    last = torch.where(index == 0, -1, last)
+    position_ids = position_ids.expand(real.shape[0], -1)
+    return real & ((last < 0) | (position_ids - position_ids.gather(1, last.clamp_min(0)) != 1))
+
+
+def document_positions(begins: Tensor, real: Tensor | None = None) -> Tensor:
+    """int64 [B, T]: real tokens from the beginning of its document to each token; the reverse of `document_begins`."""
+    if real is None:
+        count = torch.arange(begins.shape[-1], device=begins.device).expand_as(begins)
+    else:
+        count = real.cumsum(-1) - real.long()
+    return count - torch.where(begins, count, 0).cummax(-1)[0]
+
+
+def numbered_begins(numbers: Tensor) -> Tensor:
+    """bool [B, T] as `document_begins`, from the numbers int [B, T] of the documents that the tokens belong to."""
+    return torch.nn.functional.pad(numbers.diff(dim=-1) != 0, (1, 0), value=True)
+
+
+def boundary_begins(cu_seq_lens: Tensor, length: int) -> Tensor:
+    """bool [1, T] as `document_begins`, from the boundaries int [documents + 1] of one row; documents may be empty.
+
+    Raises:
+        ValueError: they do not rise from 0 to the length of the row.
+    """
+    if not torch.compiler.is_compiling():
+        edges = cu_seq_lens.tolist() if cu_seq_lens.ndim == 1 else []
+        if len(edges) < 2:
+            raise ValueError(f"cu_seq_lens has shape {tuple(cu_seq_lens.shape)}, expected [documents + 1]")
+        if edges[0] != 0 or edges[-1] != length or edges != sorted(edges):
+            raise ValueError(
+                f"cu_seq_lens runs from {edges[0]} to {edges[-1]}, expected to rise from 0 to the row length {length}."
+            )
+    index = torch.arange(length, device=cu_seq_lens.device)[None]
+    boundaries = cu_seq_lens.to(torch.int64)
+    return boundaries[torch.searchsorted(boundaries, index, right=True) - 1] == index
+
+
+def read_documents(
+    arguments: dict[str, Any],
+    batch: int,
+    length: int,
+    cached: bool = False,
+    position_ids: Tensor | None = None,
+    real: Tensor | None = None,
+) -> Tensor | None:
+    """Take what says where documents begin out of a call's arguments, under every name that is in use.
+
+    Args:
+        arguments: of one call of `length` queries in `batch` rows; BOUNDARIES and seq_idx are removed from it.
+        cached: there are tokens before this call. position_ids: int [B or 1, T]. real: bool [B, T], False = padding.
+
+    Returns:
+        int [B or 1, T], positions inside documents: `position_ids`, or those that the boundaries stand for; None if
+        nothing is said.
+
+    Raises:
+        ValueError: they do not describe these rows, or do not agree.
+    """
+    given = {name: arguments.pop(name) for name in (*BOUNDARIES, "seq_idx") if name in arguments}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return position_ids
+    seq_idx, compiling = given.pop("seq_idx", None), torch.compiler.is_compiling()
+    begins = None if position_ids is None else document_begins(position_ids, real)
+    if given:
+        cut = _read_boundaries(given, batch, length, cached)
+        begins = cut if begins is None else begins | cut.to(begins.device)
+    if seq_idx is not None:
+        if seq_idx.shape not in ((batch, length), (1, length)):
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(batch, length)}")
+        changes = numbered_begins(seq_idx)
+        if begins is None:
+            if cached:
+                raise ValueError("seq_idx does not say how documents go on from a cache. Pass position_ids as well.")
+            begins = changes
+        elif not compiling:
+            differ = (changes.to(begins.device) != begins)[:, 1:]
+            if real is not None:
+                differ = differ & real[:, 1:] & real[:, :-1]
+            if bool(differ.any()):
+                raise ValueError(
+                    f"seq_idx and {'cu_seq_lens' if position_ids is None else 'position_ids'} do not begin documents "
+                    f"at the same tokens, first at {int(differ.any(0).nonzero()[0]) + 1}. Pass what agrees, or one of "
+                    "them."
+                )
+    # Over a cache, position_ids also say how far back the first document of the call began.
+    return position_ids if position_ids is not None and not given else document_positions(begins, real)
+
+
+def _read_boundaries(given: dict[str, Tensor], batch: int, length: int, cached: bool) -> Tensor:
+    names = list(given)
+    if batch != 1 or all(name.endswith("_k") for name in names):
+        raise ValueError(
+            f"{', '.join(names)} describes the documents of one row, got a batch of {batch}"
+            f"{'' if batch != 1 else ' and nothing about its queries (cu_seq_lens_q missing)'}. Flatten the batch to "
+            "one row, or pass position_ids."
+        )
+    if cached:
+        raise ValueError(
+            f"{names[0]} was given together with cached tokens, expected an empty cache. Use position_ids to continue "
+            "packed documents from a cache."
+        )
+    cu_seq_lens = given[names[0]]
+    for name in names[1:]:
+        same = given[name] is cu_seq_lens or torch.compiler.is_compiling() or torch.equal(given[name], cu_seq_lens)
+        if not same:
+            raise ValueError(f"{names[0]} and {name} differ; self-attention needs the same boundaries in both")
+    return boundary_begins(cu_seq_lens, length)
+
+
+__all__ = [
+    "BOUNDARIES",
+    "boundary_begins",
+    "document_begins",
+    "document_positions",
+    "numbered_begins",
+    "read_documents",
+]
