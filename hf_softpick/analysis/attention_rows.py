@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hf_softpick.modeling.attention_blocks import BLOCK_ELEMENTS, BLOCK_ROWS, Block, Layout
 from hf_softpick.modeling.attention_inputs import explicit_mask
-from hf_softpick.modeling.attention_tiled import LOG2E, row_shift, softpick_numerators
-from hf_softpick.modeling.normalizers import SOFTPICK_EPS, base_normalizer
+from hf_softpick.modeling.attention_tiled import LOG2E, row_shift, subtract_one
+from hf_softpick.modeling.normalizers import Normalizer, describe_normalizer
 from hf_softpick.modeling.visibility import VisibleKeys
 
 TILE = BLOCK_ROWS
@@ -78,7 +78,7 @@ def attention_rows(call: AttentionCall, real: Tensor | None = None, small: float
             f"{length} queries and {call.key.shape[2]} keys: statistics need a forward pass without a cache. Pass "
             "use_cache=False."
         )
-    kind = base_normalizer(call.normalizer)
+    normalizer = describe_normalizer(call.normalizer)
     with torch.autocast(call.query.device.type, enabled=False):
         layout, visible, seen = _layout(call, real)
         query = layout.query * (call.scale * LOG2E)
@@ -86,17 +86,17 @@ def attention_rows(call: AttentionCall, real: Tensor | None = None, small: float
         mass, entropy, positive, above = (query.new_zeros(shape) for _ in range(4))
         received = query.new_zeros(layout.key.shape[:2])
         edges = -(-length // TILE)
-        level = query.new_full((shape[0], edges, layout.key.shape[1] // TILE), -math.inf)
+        largest = query.new_full((shape[0], edges, layout.key.shape[1] // TILE), -math.inf)
         sinks = None if call.sinks is None else (call.sinks.to(query.dtype) * LOG2E).repeat(batch)[:, None, None]
         scratch: list[Tensor] = []
         for block in layout.blocks(TILE, GPU_ELEMENTS if query.is_cuda else BLOCK_ELEMENTS):
-            reduced = _reduce(layout, query, block, kind, call.softcap, sinks, small, scratch)
+            reduced = _reduce(layout, query, block, normalizer, call.softcap, sinks, small, scratch)
             rows = slice(block.n0, block.n1), slice(block.row0, block.row1)
             keys = slice(block.n0, block.n1), slice(block.key0, block.key1)
             mass[rows], entropy[rows], positive[rows], above[rows] = (part[..., 0] for part in reduced[:4])
             received[keys] += reduced[4]
-            level[block.n0 : block.n1, block.row0 // TILE, block.key0 // TILE : block.key1 // TILE] = reduced[5]
-        tiles, empty = _count_tiles(level.unflatten(0, (batch, heads)))
+            largest[block.n0 : block.n1, block.row0 // TILE, block.key0 // TILE : block.key1 // TILE] = reduced[5]
+        tiles, empty = _count_tiles(largest.unflatten(0, (batch, heads)))
     by_head = [x.unflatten(0, (batch, heads)) for x in (mass, entropy, positive, above, received[:, :length])]
     return AttentionRows(*by_head, visible, seen, tiles, empty)
 
@@ -151,7 +151,7 @@ def _reduce(
     layout: Layout,
     query: Tensor,
     block: Block,
-    kind: str,
+    normalizer: Normalizer,
     softcap: float | None,
     sinks: Tensor | None,
     small: float,
@@ -167,42 +167,43 @@ def _reduce(
         x.div_(softcap * LOG2E).tanh_().mul_(softcap * LOG2E)
     layout.hide(x, block, -math.inf)
     largest = x.view(*shape[:2], -1, TILE).amax(-1)  # amax keeps NaN
-    level = largest.amax(-1, keepdim=True)
-    if kind == "softpick":
-        layout.hide(x, block, 0.0)
-    elif kind == "rectified_softmax":
+    m = largest.amax(-1, keepdim=True)
+    if normalizer.minus_one:
+        layout.hide(x, block, normalizer.hidden_score)
+    if normalizer.rectified:
         torch.nn.functional.threshold_(x, -torch.finfo(x.dtype).tiny, -math.inf)
-        level = torch.where(level < 0, 0.0, level)
+        m = torch.where(m < 0, 0.0, m)
     if sinks is not None:
-        level = torch.maximum(level, sinks[block.n0 : block.n1])
-    shift = row_shift(level, kind)
+        m = torch.maximum(m, sinks[block.n0 : block.n1])
+    shift = row_shift(m, normalizer)
     if shift is not None:
         x.sub_(shift)
-    if kind == "softpick":
+    if normalizer.minus_one:
         p = x.exp2_()
-        total = softpick_numerators(p, shift, p).sum(-1, keepdim=True)
-        whole = p.relu_().sum(-1, keepdim=True)
-        norm = 2 * whole - total + (SOFTPICK_EPS if shift is None else SOFTPICK_EPS * torch.exp2(-shift))
+        signed = subtract_one(p, shift, p).sum(-1, keepdim=True)
+        mass = p.relu_().sum(-1, keepdim=True)
+        l = 2 * mass - signed
         # A zero times a very negative logarithm is still 0.
-        spread = torch.linalg.vecdot(torch.clamp_min(p, torch.finfo(p.dtype).tiny, out=other).log2_(), p)
+        p_log_p = torch.linalg.vecdot(torch.clamp_min(p, torch.finfo(p.dtype).tiny, out=other).log2_(), p)
     else:
         p = torch.exp2(x, out=other)
-        whole = p.sum(-1, keepdim=True)
-        norm = whole
-        if sinks is not None:
-            norm = norm + torch.exp2(sinks[block.n0 : block.n1] - (0.0 if shift is None else shift))
-        norm = torch.where(norm == 0, 1.0, norm)
+        l = mass = p.sum(-1, keepdim=True)
         # log2 p is the score itself; a hidden one has weight 0 and must be finite.
-        spread = torch.linalg.vecdot(x.clamp_min_(-FAR), p)
+        p_log_p = torch.linalg.vecdot(x.clamp_min_(-FAR), p)
         other = x
-    inverse = norm.reciprocal()
+    if sinks is not None:
+        l = l + torch.exp2(sinks[block.n0 : block.n1] - (0.0 if shift is None else shift))
+    if normalizer.constant:
+        l = l + (normalizer.constant if shift is None else normalizer.constant * torch.exp2(-shift))
+    l = torch.where(l == 0, 1.0, l)
+    inverse = l.reciprocal()
     received = torch.bmm(inverse.transpose(1, 2), p)[:, 0]
-    nan = 0 * norm  # a comparison would turn NaN into a plain zero
+    nan = 0 * l  # a comparison would turn NaN into a plain zero
     positive = torch.gt(p, 0.0, out=other).sum(-1, keepdim=True) + nan
-    above = torch.gt(p, small * norm, out=other).sum(-1, keepdim=True) + nan
+    above = torch.gt(p, small * l, out=other).sum(-1, keepdim=True) + nan
     # Entropy of w / mass: ln(sum p) - sum(p ln p) / sum p, which needs no division of the weights.
-    entropy = torch.where(whole == 0, 0.0, (whole.log2() - spread[..., None] / whole) / LOG2E)
-    return whole * inverse, entropy, positive, above, received, largest.amax(1)
+    entropy = torch.where(mass == 0, 0.0, (mass.log2() - p_log_p[..., None] / mass) / LOG2E)
+    return mass * inverse, entropy, positive, above, received, largest.amax(1)
 
 
 def _scratch(scratch: list[Tensor], shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,15 +214,15 @@ def _scratch(scratch: list[Tensor], shape: tuple[int, ...], like: Tensor) -> tup
     return tuple(buffer[:size].view(shape) for buffer in scratch)
 
 
-def _count_tiles(level: Tensor) -> tuple[Tensor, Tensor]:
+def _count_tiles(largest: Tensor) -> tuple[Tensor, Tensor]:
     """[2, H] tiles with a visible score and those without a positive one, from the largest score of each 64 x 64 tile
     [B, H, T / 64, S / 64]."""
     tiles, empty = [], []
     for _ in range(2):
-        visible = level != -math.inf  # NaN is visible, and not empty
+        visible = largest != -math.inf  # NaN is visible, and not empty
         tiles.append(visible.sum((0, 2, 3)))
-        empty.append((visible & (level <= 0)).sum((0, 2, 3)))
-        odd = (0, level.shape[3] % 2, 0, level.shape[2] % 2)
-        level = torch.nn.functional.pad(level, odd, value=-math.inf)
-        level = level.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+        empty.append((visible & (largest <= 0)).sum((0, 2, 3)))
+        odd = (0, largest.shape[3] % 2, 0, largest.shape[2] % 2)
+        largest = torch.nn.functional.pad(largest, odd, value=-math.inf)
+        largest = largest.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
     return torch.stack(tiles), torch.stack(empty)

@@ -43,15 +43,15 @@ def softpick(x: Tensor, dim: int = -1, mask: Tensor | None = None, eps: float = 
     scores = _visible_scores(x, mask, 0.0)  # a score of 0 adds nothing to either sum
     if scores.shape[dim] == 0:
         return x.clone()
-    shift = scores.detach().amax(dim, keepdim=True)
-    near = shift < 1
-    shift = torch.where(near, 0.0, shift)
-    floor = torch.exp(-shift)
+    m = scores.detach().amax(dim, keepdim=True)
+    near = m < 1
+    m = torch.where(near, 0.0, m)
+    one = torch.exp(-m)
     # expm1 of 0 where it is not taken: an infinite branch would make the gradient NaN.
-    p = torch.where(near, torch.expm1(torch.where(near, scores, 0.0)), torch.exp(scores - shift) - floor)
+    p = torch.where(near, torch.expm1(torch.where(near, scores, 0.0)), torch.exp(scores - m) - one)
     positive = scores > 0
-    total = torch.where(positive, p, -p).sum(dim, keepdim=True) + eps * floor
-    return (torch.where(positive, p, 0.0) / total).to(x.dtype)
+    l = torch.where(positive, p, -p).sum(dim, keepdim=True) + eps * one
+    return (torch.where(positive, p, 0.0) / l).to(x.dtype)
 
 
 def softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
@@ -59,10 +59,10 @@ def softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
     scores = _visible_scores(x, mask, float("-inf"))
     if scores.shape[dim] == 0:
         return x.clone()
-    shift = scores.detach().amax(dim, keepdim=True)
-    p = torch.exp(scores - torch.where(shift == float("-inf"), 0.0, shift))
-    total = p.sum(dim, keepdim=True)
-    return (p / torch.where(total == 0, 1.0, total)).to(x.dtype)
+    m = scores.detach().amax(dim, keepdim=True)
+    p = torch.exp(scores - torch.where(m == float("-inf"), 0.0, m))
+    l = p.sum(dim, keepdim=True)
+    return (p / torch.where(l == 0, 1.0, l)).to(x.dtype)
 
 
 def rectified_softmax(x: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch._decomp import register_decomposition
 from .attention_blocks import Block, Layout
 from .attention_eager import dense_attention
 from .attention_inputs import OPERATORS, check_inputs, explicit_mask
-from .normalizers import SOFTPICK_EPS, base_normalizer
+from .normalizers import NORMALIZERS, Normalizer, base_normalizer
 from .visibility import VisibleKeys
 
 LOG2E = 1.0 / math.log(2.0)
@@ -58,15 +58,15 @@ def tiled_attention(
     return _forward(query, key, value, start, start + key.shape[2], None, mask, scale, kind)[0]
 
 
-def _scores(layout: Layout, query: Tensor, block: Block, kind: str, out: Tensor) -> Tensor:
-    """[n, R * G, W] scores in log2 units; hidden ones hold what counts for nothing: 0 in softpick, -inf otherwise."""
+def _scores(layout: Layout, query: Tensor, block: Block, normalizer: Normalizer, out: Tensor) -> Tensor:
+    """[n, R * G, W] scores in log2 units; hidden ones hold the score that adds nothing."""
     rows = layout.matrix(query, block)
     keys = layout.key[block.n0 : block.n1, block.key0 : block.key1]
     x = _view(out, rows.shape[0], rows.shape[1], keys.shape[1])
     torch.bmm(rows, keys.transpose(1, 2), out=x)
-    if kind == "rectified_softmax":
+    if normalizer.rectified:
         torch.nn.functional.threshold_(x, -torch.finfo(x.dtype).tiny, float("-inf"))
-    layout.hide(x, block, 0.0 if kind == "softpick" else float("-inf"))
+    layout.hide(x, block, normalizer.hidden_score)
     return x
 
 
@@ -74,27 +74,28 @@ def _view(buffer: Tensor, *shape: int) -> Tensor:
     return buffer[: math.prod(shape)].view(shape)
 
 
-def row_shift(level: Tensor, kind: str) -> Tensor | None:
-    """What rows [..., R, 1] whose largest score in log2 units is `level` are shifted by, None where none needs it.
+def row_shift(m: Tensor, normalizer: Normalizer) -> Tensor | None:
+    """What rows [..., R, 1] whose largest score in log2 units is `m` are shifted by, None where none needs it.
 
-    Row by row, so no row depends on another.
+    Row by row, so no row depends on another. A constant in the denominator keeps rows of low scores off 0, and would
+    overflow if they were shifted upward.
     """
-    far = level > SHIFT_LIMIT if kind == "softpick" else (level.abs() > SHIFT_LIMIT) & level.isfinite()
+    far = m > SHIFT_LIMIT if normalizer.constant else (m.abs() > SHIFT_LIMIT) & m.isfinite()
     # A whole number, whose exp2 is exact in a SIMD and in a scalar loop alike, so that a score of 0 weighs exactly 0.
-    return torch.where(far, level.ceil(), 0.0) if bool(far.any()) else None
+    return torch.where(far, m.ceil(), 0.0) if bool(far.any()) else None
 
 
-def softpick_numerators(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
-    """2^(score - shift) - 2^-shift from x = 2^(score - shift), into `out`; before the relu."""
+def subtract_one(x: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
+    """With `minus_one`: 2^(score - shift) - 2^-shift from x = 2^(score - shift), into `out`, before the relu."""
     return torch.sub(x, 1.0 if shift is None else torch.exp2(-shift), out=out)
 
 
-def _exact_numerators(x: Tensor, near: Tensor, kind: str) -> Tensor | None:
+def _exact_numerators(x: Tensor, near: Tensor, normalizer: Normalizer) -> Tensor | None:
     """e^score - 1 of the rows of [n, R, W] scores in log2 units that are `near` 0, [rows, W]; None if there is none.
 
     Row by row, as `row_shift`.
     """
-    return torch.expm1(x[near] * math.log(2)) if kind == "softpick" and bool(near.any()) else None
+    return torch.expm1(x[near] * math.log(2)) if normalizer.minus_one and bool(near.any()) else None
 
 
 @torch.library.custom_op(f"{OPERATORS}::tiled_forward", mutates_args=())
@@ -110,40 +111,43 @@ def _forward(
     kind: str,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] and log2 of the denominator [B, H, T]."""
+    normalizer = NORMALIZERS[kind]
     layout = Layout(query, key, value, start, end, keys, mask)
     scaled = layout.query * (scale * LOG2E)
     out = scaled.new_zeros(*scaled.shape[:3], layout.value_dim)
     lse = scaled.new_zeros(scaled.shape[:3])
-    if kind == "softpick":
-        lse.fill_(math.log2(SOFTPICK_EPS))
+    if normalizer.constant:
+        lse.fill_(math.log2(normalizer.constant))
     buffer = None
     for block in layout.blocks():
         buffer = _buffer(buffer, block, layout, 1)
-        x = _scores(layout, scaled, block, kind, buffer[0])
-        level = x.amax(-1, keepdim=True)
-        shift = row_shift(level, kind)
-        near = ((level > 0) & (level < NEAR_ZERO))[..., 0]
-        exact = _exact_numerators(x, near, kind)
+        x = _scores(layout, scaled, block, normalizer, buffer[0])
+        m = x.amax(-1, keepdim=True)
+        shift = row_shift(m, normalizer)
+        near = ((m > 0) & (m < NEAR_ZERO))[..., 0]
+        exact = _exact_numerators(x, near, normalizer)
         if shift is not None:
             x.sub_(shift)
         x.exp2_()
-        if kind == "softpick":
-            p = softpick_numerators(x, shift, x)
+        if normalizer.minus_one:
+            p = subtract_one(x, shift, x)
             if exact is not None:
                 p[near] = exact
-            total = p.sum(-1, keepdim=True)
+            signed = p.sum(-1, keepdim=True)
             torch.relu_(p)
             # sum |p| without another pass: the positive part counted twice, less the whole
-            norm = 2 * p.sum(-1, keepdim=True) - total
-            norm += SOFTPICK_EPS if shift is None else SOFTPICK_EPS * torch.exp2(-shift)
+            l = 2 * p.sum(-1, keepdim=True) - signed
         else:
-            p, norm = x, x.sum(-1, keepdim=True)
-            norm = torch.where(norm == 0, 1.0, norm)
+            p, l = x, x.sum(-1, keepdim=True)
+        if normalizer.constant:
+            l += normalizer.constant if shift is None else normalizer.constant * torch.exp2(-shift)
+        else:
+            l = torch.where(l == 0, 1.0, l)
         rows = slice(block.n0, block.n1), slice(block.row0, block.row1)
         acc = torch.bmm(p, layout.value[block.n0 : block.n1, block.key0 : block.key1])
-        out[rows] = acc.div_(norm).unflatten(1, (-1, layout.groups))
-        log_norm = norm.log2_() if shift is None else norm.log2_() + shift
-        lse[rows] = log_norm.view(log_norm.shape[0], -1, layout.groups)
+        out[rows] = acc.div_(l).unflatten(1, (-1, layout.groups))
+        log_l = l.log2_() if shift is None else l.log2_() + shift
+        lse[rows] = log_l.view(log_l.shape[0], -1, layout.groups)
     out = layout.heads_first(out).transpose(1, 2).to(value.dtype).contiguous()
     return out, layout.heads_first(lse[..., None])[..., 0].contiguous()
 
@@ -171,38 +175,39 @@ def _backward(
     scale: float,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the formula is in the design of the package and in arXiv 2504.20966."""
+    """Gradients of query, key and value; `Normalizer` has the formula."""
+    normalizer = NORMALIZERS[kind]
     layout = Layout(query, key, value, start, end, keys, mask)
     scaled = layout.query * (scale * LOG2E)
-    level = layout.rows_first(lse[..., None])
+    lse = layout.rows_first(lse[..., None])
     grad = layout.rows_first(grad.transpose(1, 2))
     delta = (grad * layout.rows_first(out.transpose(1, 2))).sum(-1, keepdim=True)
-    shift_all = row_shift(level, kind)
-    near_all = level < math.log2(NEAR_ZERO)
+    shift_all = row_shift(lse, normalizer)
+    near_all = lse < math.log2(NEAR_ZERO)
     # Dividing the rows of grad by the denominator spares dividing the T x S weights.
-    factor = torch.exp2(-level if shift_all is None else shift_all - level)
+    factor = torch.exp2(-lse if shift_all is None else shift_all - lse)
     grad, delta = grad * factor, delta * factor
     dq, dk, dv = (x.new_zeros(x.shape) for x in (scaled, layout.key, layout.value))
     buffer = None
     for block in layout.blocks():
         buffer = _buffer(buffer, block, layout, 3)
-        x = _scores(layout, scaled, block, kind, buffer[0])
+        x = _scores(layout, scaled, block, normalizer, buffer[0])
         shift = None if shift_all is None else layout.matrix(shift_all, block)
         near = layout.matrix(near_all, block)[..., 0]
-        exact = _exact_numerators(x, near, kind)
+        exact = _exact_numerators(x, near, normalizer)
         block_grad, block_delta = layout.matrix(grad, block), layout.matrix(delta, block)
         block_dk, block_dv = (d[block.n0 : block.n1, block.key0 : block.key1] for d in (dk, dv))
         values = layout.value[block.n0 : block.n1, block.key0 : block.key1]
         dx = torch.bmm(block_grad, values.transpose(1, 2), out=_view(buffer[1], *x.shape))
-        if kind == "softpick":
+        if normalizer.minus_one:
             # dp - delta where the score is positive, delta elsewhere: mask dp - 2 delta, then add delta everywhere.
             # The score says its sign; 2^x - 1 is 0 for small ones.
             torch.ops.aten.threshold_backward.grad_input(dx.sub_(2 * block_delta), x, 0.0, grad_input=dx)
         if shift is not None:
             x.sub_(shift)
         x.exp2_()
-        if kind == "softpick":
-            p = softpick_numerators(x, shift, _view(buffer[2], *x.shape))
+        if normalizer.minus_one:
+            p = subtract_one(x, shift, _view(buffer[2], *x.shape))
             if exact is not None:
                 p[near] = exact
             block_dv.baddbmm_(torch.relu_(p).transpose(1, 2), block_grad)
