@@ -186,7 +186,7 @@ class CallMask:
 
     def _is_plain(self, position_ids: Tensor | None) -> bool:
         """Models number all tokens even when nothing is packed; transformers asks the device for it as well."""
-        offset = self.arguments.get("query_offset", 0)
+        offset = self.arguments["query_offset"]
         if position_ids is None or self.arguments.get("padding_mask") is not None or isinstance(offset, Tensor):
             return position_ids is None
         index = torch.arange(offset, offset + self.shape[0], device=position_ids.device)
@@ -211,9 +211,8 @@ def visible_of_call(
     arguments = {name: arguments[name] for name in (*BOUNDARIES, "seq_idx") if name in arguments}
     if length == 1 and position_ids is None:
         arguments = {}
-    # Boundaries stand for documents over a cache too, if position_ids go with them.
-    documents = read_documents(arguments, batch, length, key_length > length, position_ids)
     if isinstance(attention_mask, Tensor):
+        documents = read_documents(arguments, batch, length, key_length - length, position_ids)
         return keep_documents_apart(check_mask(attention_mask, length, key_length), documents)
     if attention_mask is None:
         # One query sees the whole cache; an empty static cache is longer than the input and aligned at the top left.
@@ -221,7 +220,10 @@ def visible_of_call(
         attention_mask = CallMask(
             length, key_length, device=query.device, query_offset=offset, sliding_window=sliding_window
         )
-    return attention_mask.visible(documents)
+    offset = attention_mask.arguments["query_offset"]
+    visible = attention_mask.visible(read_documents(arguments, batch, length, offset, position_ids))
+    # Layers may lie on several devices, and what moves arguments between them does not look into a CallMask.
+    return VisibleKeys(*(x.to(query.device) if isinstance(x, Tensor) else x for x in visible))
 
 
 def attention_mask_function(

@@ -65,7 +65,7 @@ def read_documents(
     arguments: dict[str, Any],
     batch: int,
     length: int,
-    cached: bool = False,
+    offset: int | Tensor = 0,
     position_ids: Tensor | None = None,
     real: Tensor | None = None,
 ) -> Tensor | None:
@@ -73,7 +73,7 @@ def read_documents(
 
     Args:
         arguments: of one call of `length` queries in `batch` rows; BOUNDARIES and seq_idx are removed from it.
-        cached: there are tokens before this call. position_ids: int [B or 1, T]. real: bool [B, T], False = padding.
+        offset: tokens before this call. position_ids: int [B or 1, T]. real: bool [B, T], False = padding.
 
     Returns:
         int [B or 1, T], positions inside documents: `position_ids`, or those that the boundaries stand for; None if
@@ -89,14 +89,14 @@ def read_documents(
     seq_idx, compiling = given.pop("seq_idx", None), torch.compiler.is_compiling()
     begins = None if position_ids is None else document_begins(position_ids, real)
     if given:
-        cut = _read_boundaries(given, batch, length, cached)
+        cut = _read_boundaries(given, batch, length, offset)
         begins = cut if begins is None else begins | cut.to(begins.device)
     if seq_idx is not None:
         if seq_idx.shape not in ((batch, length), (1, length)):
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(batch, length)}")
         changes = numbered_begins(seq_idx)
         if begins is None:
-            if cached:
+            if _follows(offset):
                 raise ValueError("seq_idx does not say how documents go on from a cache. Pass position_ids as well.")
             begins = changes
         elif not compiling:
@@ -113,7 +113,12 @@ def read_documents(
     return position_ids if position_ids is not None and not given else document_positions(begins, real)
 
 
-def _read_boundaries(given: dict[str, Tensor], batch: int, length: int, cached: bool) -> Tensor:
+def _follows(offset: int | Tensor) -> bool:
+    """Whether the call goes on from a cache; static ones keep their length on the device."""
+    return not (isinstance(offset, Tensor) and torch.compiler.is_compiling()) and bool(offset > 0)
+
+
+def _read_boundaries(given: dict[str, Tensor], batch: int, length: int, offset: int | Tensor) -> Tensor:
     names = list(given)
     if batch != 1 or all(name.endswith("_k") for name in names):
         raise ValueError(
@@ -121,7 +126,7 @@ def _read_boundaries(given: dict[str, Tensor], batch: int, length: int, cached: 
             f"{'' if batch != 1 else ' and nothing about its queries (cu_seq_lens_q missing)'}. Flatten the batch to "
             "one row, or pass position_ids."
         )
-    if cached:
+    if _follows(offset):
         raise ValueError(
             f"{names[0]} was given together with cached tokens, expected an empty cache. Use position_ids to continue "
             "packed documents from a cache."

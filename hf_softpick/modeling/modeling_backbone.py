@@ -314,8 +314,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             padding = padding.to(device, torch.bool)
         query = torch.arange(length, device=device) + offset
         real = None if padding is None else padding[:, query.clamp_max(padding.shape[1] - 1)].expand(batch, -1)
-        cached = past_key_values is not None and (isinstance(offset, Tensor) or offset > 0)
-        documents = read_documents(kwargs, batch, length, cached, position_ids, real)
+        documents = read_documents(kwargs, batch, length, offset, position_ids, real)
         if position_ids is None:
             position_ids = query[None] if documents is None else documents
         visible, position = visible_keys(

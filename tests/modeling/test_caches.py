@@ -169,3 +169,15 @@ def test_cached_softmax_through_sdpa():
             logits = chunked(model, ids, [9, 1, 10, 4], cache(kind, model, 24))
             for row, document in enumerate(ids):
                 close(logits[row], exact(model, document))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_boundaries_at_the_first_call_of_a_cache(kind):
+    """A static cache keeps its length, 0 here, on the device."""
+    model, ids = tiny_model("scaled_softpick"), tokens(1, 12)
+    past = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=16)
+    arguments = {"cu_seq_lens_q": torch.tensor([0, 7, 12])}
+    logits = model(ids, past_key_values=past, use_cache=True, **arguments).logits
+    close(logits, model(ids, **arguments).logits)
+    with pytest.raises(ValueError, match="cached tokens"):
+        model(ids, past_key_values=past, use_cache=True, **arguments)

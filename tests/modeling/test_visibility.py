@@ -243,7 +243,7 @@ def test_boundaries_that_do_not_fit_are_refused(boundaries, message):
 
 def test_boundaries_after_cached_tokens_are_refused():
     with pytest.raises(ValueError, match="cached tokens.*Use position_ids"):
-        read_documents({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, 1, 6, cached=True)
+        read_documents({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, 1, 6, offset=4)
 
 
 @pytest.mark.parametrize("window", [None, 4])
