@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+from hf_softpick import modeling
 from hf_softpick.data.redaction import redact
 from hf_softpick.errors import HubError
 
@@ -19,11 +20,8 @@ ALLOWED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "configuration_*.py",
-    "modeling_*.py",
-    "attention_*.py",
-    "normalizers.py",
     "README.md",
+    *sorted(path.name for path in Path(modeling.__path__[0]).glob("*.py")),  # what loads the weights elsewhere
 )
 
 
