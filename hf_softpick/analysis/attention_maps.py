@@ -7,6 +7,7 @@ import torch
 
 from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.errors import CheckpointError, DataError, RecipeError
+from hf_softpick.modeling.compat import attention_of
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.normalizers import NORMALIZERS
 
@@ -43,8 +44,9 @@ def attention_maps(
     if len(ids) < 2:
         raise DataError(f"the text {text!r} has {len(ids)} tokens; give one with at least 2")
     cut, ids = len(ids) > max_tokens, ids[:max_tokens]
-    own = model.config.model_type == SoftpickConfig.model_type or model.config._attn_implementation in NORMALIZERS
-    if not own and model.config._attn_implementation != "eager":
+    attention = attention_of(model.config)
+    own = model.config.model_type == SoftpickConfig.model_type or attention in NORMALIZERS
+    if not own and attention != "eager":
         # sdpa and flash attention do not return weights.
         model.set_attn_implementation("eager")
     found = model(torch.tensor([ids], device=model.device), output_attentions=True, use_cache=False).attentions

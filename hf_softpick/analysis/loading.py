@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import hf_softpick
 from hf_softpick.errors import CheckpointError
 from hf_softpick.files import read_object
+from hf_softpick.modeling.compat import attention_of
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.modeling.proving import prove_normalizer, refusal
@@ -146,7 +147,7 @@ def normalizer_of(model: PreTrainedModel) -> str:
     own = getattr(model.config, "normalizer", None)
     if own in NORMALIZERS:
         return own
-    implementation = model.config._attn_implementation
+    implementation = attention_of(model.config)
     return implementation if implementation in NORMALIZERS else "softmax"
 
 
@@ -160,7 +161,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
         "path": loaded.path,
         "architecture": type(model).__name__,
         "normalizer": normalizer_of(model),
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": attention_of(model.config),
         "layers": getattr(config, "num_hidden_layers", None),
         "heads": heads,
         "key_heads": getattr(config, "num_key_value_heads", None) or heads,

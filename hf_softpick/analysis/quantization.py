@@ -28,6 +28,7 @@ from hf_softpick.analysis.samples import Samples, batches
 from hf_softpick.errors import CheckpointError, DataError
 
 _LARGEST_EXPONENT = 700
+_EVERY_MODULE = set(vars(nn.Module()))  # attributes that every module has
 _TILE = 64
 """What every library takes: groups are of 32 to 128 weights, blocks of bitsandbytes on the CPU of 64."""
 
@@ -212,9 +213,8 @@ def quantized_storage(model: nn.Module) -> Storage:
         size = layer.in_features * layer.out_features
         tensors = {
             tensor.data_ptr(): tensor
-            for place in (layer._parameters, layer._buffers, vars(layer))
-            for key, value in place.items()
-            if key not in ("bias", "_parameters", "_buffers", "_modules")
+            for key, value in _state(layer)
+            if key != "bias"
             for tensor in _tensors(value, {})
         }.values()
         has_integers = any(not tensor.is_floating_point() and tensor.nbytes * 8 >= size for tensor in tensors)
@@ -231,6 +231,13 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in model.named_modules():
         if isinstance(getattr(layer, "in_features", None), int) and isinstance(layer.out_features, int):
             yield name, layer
+
+
+def _state(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Parameters, buffers and other attributes of the layer itself, by name."""
+    yield from layer.named_parameters(recurse=False, remove_duplicate=False)
+    yield from layer.named_buffers(recurse=False, remove_duplicate=False)
+    yield from ((name, value) for name, value in vars(layer).items() if name not in _EVERY_MODULE)
 
 
 def _tensors(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, filesystem, load, metadata
+from torch.distributed.checkpoint import FileSystemReader, load, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -23,16 +23,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from hf_softpick.errors import CheckpointError
+from hf_softpick.modeling.compat import checkpoint_names
 
 _METADATA_CLASSES = (
     "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata BytesStorageMetadata "
-    "ChunkStorageMetadata _MEM_FORMAT_ENCODING"
+    "ChunkStorageMetadata"
 ).split()
+_PRIVATE = checkpoint_names()
 _ALLOWED = {
     **{("torch.distributed.checkpoint.metadata", name): getattr(metadata, name) for name in _METADATA_CLASSES},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    **{(name.__module__, name.__qualname__): name for name in _PRIVATE},
     # The folder that it was written to; only its text matters, on any system.
     **{
         (module, name): PurePosixPath
@@ -177,7 +178,7 @@ def _misshapen(found: Any) -> str | None:
             ):
                 return f"a piece of {name!r} has no offsets or sizes"
     for info in places.values():
-        if not isinstance(info, filesystem._StorageInfo) or not isinstance(getattr(info, "relative_path", None), str):
+        if not isinstance(info, _PRIVATE[0]) or not isinstance(getattr(info, "relative_path", None), str):
             return "a piece has no file"
         numbers = (getattr(info, "offset", None), getattr(info, "length", None))
         if not all(isinstance(number, int) and number >= 0 for number in numbers):

@@ -1,11 +1,13 @@
-"""Every private name of torch and transformers that this package reads, replaces or calls, each with its test.
+"""Every private name of torch, transformers and DeepSpeed that this package reads, replaces or calls.
 
-What a class of ours declares for transformers to read (`_no_split_modules` and its like) stays in the class. All were
-read in torch 2.13 and in transformers 5.17 and 5.23, on which `tests/modeling/test_compat.py` runs.
+`tests/modeling/test_compat.py` has a test for each, and runs on the oldest and newest transformers that are supported:
+all were read in torch 2.13, transformers 5.17 and 5.23, and DeepSpeed 0.19. Two methods of the Trainer are in
+training/compat.py; what a class of ours declares for transformers to read (`_no_split_modules` and its like) stays
+in the class.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,36 @@ def attention_of(config: PreTrainedConfig) -> str | None:
 def has_mask_function(name: str | None) -> bool:
     """Whether transformers makes masks for the attention of that name; it looks into the same dictionary itself."""
     return name in AttentionMaskInterface._global_mapping
+
+
+def float32_modules(model: PreTrainedModel) -> set[str]:
+    """Names of modules and parameters that stay float32 in a model of another dtype, as its class or itself says."""
+    return set(model._keep_in_fp32_modules_strict or ())
+
+
+def expect_missing(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Let the Trainer find the parameters `names` missing in a checkpoint without a warning."""
+    model._keys_to_ignore_on_save = set(names)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has sharded it and left an empty tensor."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def checkpoint_names() -> tuple[type, type, Callable]:
+    """What is private of that which the metadata of a torch distributed checkpoint name in their pickle.
+
+    The first says where a piece of a tensor lies, the others are parts of a tensor's description.
+    """
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    return filesystem._StorageInfo, metadata._MEM_FORMAT_ENCODING, torch.serialization._get_layout
 
 
 def decomposition(operator: Any) -> Callable:
@@ -167,8 +199,13 @@ __all__ = [
     "WRITES_CONFIG",
     "assert_async",
     "attention_of",
+    "checkpoint_names",
     "decomposition",
+    "expect_missing",
+    "float32_modules",
     "has_mask_function",
     "hook",
+    "is_sharded",
     "mask_parts",
+    "whole_shape",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_softpick.modeling.compat import whole_shape
 from hf_softpick.modeling.proving import attention_layers
 
 # Dense bf16 peaks in FLOP/s from the vendors' data sheets, without sparsity. First match wins, so longer names first.
@@ -47,9 +48,9 @@ def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> float | None
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
     if not (layers and heads):
         return None
-    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    size = sum(whole_shape(p).numel() for p in model.parameters())
     embeddings = model.get_input_embeddings().weight
     if not getattr(config, "tie_word_embeddings", False):
-        size -= getattr(embeddings, "ds_numel", embeddings.numel())
+        size -= whole_shape(embeddings).numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 6.0 * size + 12.0 * attention_layers(config) * heads * head_dim * seq_len

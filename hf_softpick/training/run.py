@@ -20,6 +20,7 @@ from hf_softpick.data.collating import PackedCollator
 from hf_softpick.data.preparing import PreparedData, prepare_data
 from hf_softpick.errors import RecipeError, Stopped, StorageError
 from hf_softpick.files import write_text
+from hf_softpick.modeling import compat
 from hf_softpick.modeling.attention_interface import resolve_auto
 from hf_softpick.training import environment, finalize, finished, resume, strategy
 from hf_softpick.training.arguments import global_batch, training_arguments
@@ -172,8 +173,8 @@ def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
     """One line on what is about to run where, so that nobody trains something else than he thinks."""
     args, model = trainer.args, trainer.model
     device = args.device.type
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    attention = model.config._attn_implementation
+    parameters = sum(compat.whole_shape(p).numel() for p in model.parameters())
+    attention = compat.attention_of(model.config)
     if attention == "auto":
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         attention = f"auto ({resolve_auto(args.device, dtype, model.config.head_dim)})"

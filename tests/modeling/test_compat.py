@@ -1,173 +1,47 @@
 """Every private name of another library that the package touches; runs on the oldest and newest supported versions."""
 
+import importlib.util
+import inspect
+import pickle
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface, LlamaConfig, PreTrainedConfig, PreTrainedModel, masking_utils
+from torch.distributed import checkpoint
+from transformers import (
+    AttentionMaskInterface,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    masking_utils,
+    modeling_utils,
+)
 
 from hf_softpick.modeling import compat
-from hf_softpick.modeling.compat import MaskParts, mask_parts
 
-LENGTH, WINDOW = 9, 3
-PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 0, 1, 2]])
-DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 2, 2, 2]])
-
-
-@pytest.fixture
-def handed(monkeypatch):
-    """The mask functions that were handed to the registered attention "recording"."""
-    functions = []
-    registered = dict(AttentionMaskInterface._global_mapping)
-    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", registered)
-    AttentionMaskInterface.register("recording", lambda mask_function, **kwargs: functions.append(mask_function))
-    return functions
-
-
-def _create(kind, handed, **kwargs):
-    """The function that transformers' `kind` hands over."""
-    config = LlamaConfig(sliding_window=WINDOW, attention_chunk_size=4, attn_implementation="recording")
-    embeds = torch.zeros(2, LENGTH, 4)
-    given = {"attention_mask": None, "past_key_values": None, **kwargs}
-    getattr(masking_utils, f"create_{kind}_mask")(config=config, inputs_embeds=embeds, **given)
-    return handed[-1]
-
-
-def _dense(function, length=LENGTH):
-    index = torch.arange(length)
-    return function(torch.arange(2)[:, None, None, None], 0, index[:, None], index).expand(2, 1, length, length)
-
-
-def _dense_of(parts, length=LENGTH):
-    index = torch.arange(length)
-    mask = (index <= index[:, None]).expand(2, 1, length, length)
-    if parts.window is not None:
-        mask = mask & (index > index[:, None] - parts.window)
-    if parts.documents is not None:
-        mask = mask & (parts.documents[:, None, :, None] == parts.documents[:, None, None, :])
-    return mask
-
-
-@pytest.mark.parametrize("kind, window", [("causal", None), ("sliding_window_causal", WINDOW)])
-@pytest.mark.parametrize("positions", [None, PACKED, PACKED[:1]], ids=["plain", "packed", "one row of positions"])
-def test_what_transformers_hands_over_is_read(handed, kind, window, positions):
-    function = _create(kind, handed, position_ids=positions)
-    parts = mask_parts(function)
-    assert parts.window == window
-    if positions is None:
-        assert parts.documents is None
-    else:
-        assert torch.equal(parts.documents, DOCUMENTS if len(positions) == 2 else DOCUMENTS[:1].expand(2, -1))
-    assert torch.equal(_dense_of(parts), _dense(function))
-
-
-def test_rows_of_one_document_are_not_packed(handed):
-    assert mask_parts(_create("causal", handed, position_ids=torch.arange(LENGTH)[None] + 5)) == MaskParts()
-
-
-@pytest.mark.parametrize("kind", ["causal", "sliding_window_causal"])
-@pytest.mark.parametrize("argument", ["or_mask_function", "and_mask_function"])
-@pytest.mark.parametrize("positions", [None, PACKED], ids=["plain", "packed"])
-def test_a_function_of_the_users_own_is_not_read(handed, kind, argument, positions):
-    function = _create(kind, handed, position_ids=positions, **{argument: lambda batch, head, q, k: k < q})
-    assert mask_parts(function) is None
-
-
-@pytest.mark.parametrize("kind", ["chunked_causal", "bidirectional", "bidirectional_sliding_window"])
-def test_other_masks_are_not_read(handed, kind):
-    assert mask_parts(_create(kind, handed)) is None
-
-
-def test_blocks_are_not_read(handed):
-    ids = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, -1]]).expand(2, -1)
-    assert mask_parts(_create("causal", handed, block_sequence_ids=ids)) is None
-
-
-def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
-    """Named as transformers names its own."""
-    return kv_idx > q_idx - 2
-
-
-def _overlay(sliding_window):
-    """As transformers' sliding_window_overlay, with other code."""
-
-    def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
-        return kv_idx >= q_idx - sliding_window
-
-    return inner_mask
-
-
-_causal, _and = masking_utils.causal_mask_function, masking_utils.and_masks
-_packed, _sliding = masking_utils.packed_sequence_mask_function, masking_utils.sliding_window_overlay
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda b, h, q, k: k <= q,
-        inner_mask,
-        _sliding(WINDOW),
-        _packed(DOCUMENTS),
-        _and(_overlay(WINDOW), _causal),
-        _and(inner_mask, _causal),
-        _and(_sliding(WINDOW), inner_mask),
-        _and(_sliding(WINDOW), _packed(DOCUMENTS)),
-        _and(_packed(DOCUMENTS), _packed(DOCUMENTS)),
-        _and(_sliding(WINDOW), _causal, inner_mask),
-        _and(_causal),
-        _and(_sliding(torch.tensor(WINDOW)), _causal),
-        _and(_sliding(0), _causal),
-        masking_utils.or_masks(_sliding(WINDOW), _causal),
-        _and(masking_utils.padding_mask_function(DOCUMENTS > 0), _causal),
-        _and(masking_utils.packed_sequence_mask_function(DOCUMENTS.flip(-1)), _causal),  # they come back, or may
-        masking_utils.add_offsets_to_mask_function(_causal, 1, 0),
-        nn.Identity(),
-    ],
+# What classes of ours declare or override for transformers; tests/test_private_names.py allows these and no others.
+DECLARED = (
+    "_can_record_outputs",
+    "_check_and_adjust_attn_implementation",
+    "_init_weights",
+    "_keep_in_fp32_modules_strict",
+    "_no_split_modules",
+    "_supports_attention_backend",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_sdpa",
+    "_upload_modified_files",
 )
-def test_look_alikes_are_not_read(function):
-    assert mask_parts(function) is None
 
 
-def test_positions_that_belong_to_other_documents_are_not_read():
-    if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
-        pytest.skip("this transformers tells mask functions of columns")
-    packed = masking_utils.packed_sequence_compatibility_function
-    assert mask_parts(packed(_causal, PACKED, DOCUMENTS)) == MaskParts(None, DOCUMENTS)
-    wrong = PACKED.clone()
-    wrong[0, 2:4] = torch.tensor([3, 2])
-    assert mask_parts(packed(_causal, wrong, DOCUMENTS)) is None
-    assert mask_parts(packed(inner_mask, PACKED, DOCUMENTS)) is None
-    assert mask_parts(packed(_causal, PACKED[:1], DOCUMENTS)) is None
-
-
-def test_functions_that_changed_are_not_read(monkeypatch):
-    """As a later transformers might: the window would be one key too wide."""
-    masks_are_as_read = compat._masks_are_as_read.__wrapped__
-    assert masks_are_as_read()
-    monkeypatch.setattr(masking_utils, "sliding_window_overlay", _overlay)
-    assert not masks_are_as_read()
-    monkeypatch.setattr(compat, "_masks_are_as_read", masks_are_as_read)
-    assert mask_parts(masking_utils.sliding_window_causal_mask_function(WINDOW)) is None
-    assert mask_parts(_causal) == MaskParts()
-
-
-@pytest.mark.parametrize("positions", [None, PACKED], ids=["plain", "packed"])
-def test_masks_are_read_inside_a_graph_only_if_plain(positions):
-    """Dynamo has no closures of functions made in the graph; there must be no break either."""
-    read = []
-    config = LlamaConfig(attn_implementation="recording")
-    AttentionMaskInterface.register(
-        "recording", lambda mask_function, **kwargs: read.append(mask_parts(mask_function))
-    )
-
-    def create(embeds, position_ids):
-        masking_utils.create_causal_mask(config, embeds, None, None, position_ids)
-        return embeds + 1
-
-    try:
-        torch.compile(create, backend="eager", fullgraph=True)(torch.zeros(2, LENGTH, 4), positions)
-    finally:
-        del AttentionMaskInterface._global_mapping["recording"]
-    assert read == [MaskParts() if positions is None else None]
+@pytest.mark.parametrize("name", DECLARED)
+def test_transformers_reads_what_our_classes_declare(name):
+    """By an attribute or getattr, not by its own declaration alone."""
+    text = inspect.getsource(modeling_utils)
+    assert re.search(rf"""\.{name}\b|getattr\([\w.]+, "{name}\"""", text), f"transformers no longer reads {name}"
 
 
 def test_attention_of():
@@ -176,7 +50,9 @@ def test_attention_of():
     assert compat.attention_of(LlamaConfig(attn_implementation="eager")) == "eager"
 
 
-def test_has_mask_function(handed):
+def test_has_mask_function(monkeypatch):
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(AttentionMaskInterface._global_mapping))
+    AttentionMaskInterface.register("recording", print)
     assert compat.has_mask_function("recording") and compat.has_mask_function("sdpa")
     assert not compat.has_mask_function("nobody") and not compat.has_mask_function(None)
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["here"] = print  # transformers does not ask for its masks either
@@ -291,3 +167,74 @@ def test_the_choice_of_an_attention(name):
     model = Model(PreTrainedConfig())
     model.set_attn_implementation("eager")
     assert asked[0] is None and asked[-1] == "eager" and compat.attention_of(model.config) == "eager"
+
+
+def test_float32_modules():
+    class Model(PreTrainedModel):
+        config_class = PreTrainedConfig
+        _keep_in_fp32_modules_strict = {"kept"}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.kept, self.cast = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.post_init()
+
+    model = Model(PreTrainedConfig())
+    assert compat.float32_modules(model) == {"kept"}
+    assert compat.float32_modules(PreTrainedModel(PreTrainedConfig())) == set()
+
+
+def test_float32_modules_stay_float32(tmp_path):
+    from hf_softpick.modeling.configuration_softpick import SoftpickConfig
+    from hf_softpick.modeling.modeling_softpick import SoftpickModel
+
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    SoftpickModel(SoftpickConfig(normalizer="scaled_softpick", **sizes)).save_pretrained(tmp_path)
+    model = SoftpickModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {name.split(".")[-1] for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == compat.float32_modules(model) == {"head_scale"}
+
+
+def test_expect_missing():
+    model = nn.Linear(2, 2)
+    compat.expect_missing(model, ["weight"])
+    assert model._keys_to_ignore_on_save == {"weight"}
+    assert "self.model._keys_to_ignore_on_save" in inspect.getsource(Trainer)
+
+
+def test_sharded_parameters():
+    """What ZeRO-3 writes on a parameter; tests/distributed runs it."""
+    parameter = nn.Parameter(torch.empty(3, 2))
+    assert compat.whole_shape(parameter) == (3, 2) and not compat.is_sharded(parameter)
+    parameter.data = torch.empty(0)
+    parameter.ds_id, parameter.ds_shape = 7, torch.Size((3, 2))
+    assert compat.whole_shape(parameter).numel() == 6 and compat.is_sharded(parameter)
+    found = importlib.util.find_spec("deepspeed")
+    if found is None:
+        pytest.skip("deepspeed is not installed")
+    source = Path(found.origin).parent / "runtime/zero/partition_parameters.py"
+    text = source.read_text(encoding="utf-8")
+    assert "param.ds_shape = param.shape" in text and "param.ds_id = " in text
+
+
+def test_checkpoint_names(tmp_path):
+    """What torch writes today, of a tensor in pieces, is public or listed."""
+    checkpoint.save({"weight": torch.ones(4, 2)}, checkpoint_id=tmp_path)
+    names = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            names.add((module, name))
+            return super().find_class(module, name)
+
+    Reader((tmp_path / ".metadata").open("rb")).load()
+    private = {name for name in names if name[1].startswith("_")}
+    listed = {(one.__module__, one.__qualname__) for one in compat.checkpoint_names()}
+    assert private and private <= listed
+    assert compat.checkpoint_names()[0].__name__ == "_StorageInfo"
