@@ -21,7 +21,6 @@ from hf_softpick.data.settings import DataSettings
 from hf_softpick.errors import CheckpointError, RecipeError
 from hf_softpick.modeling.attention_guard import unmark
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
-from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
 from hf_softpick.modeling.normalizers import NORMALIZERS, OWN_PARAMETERS
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
 from hf_softpick.training.continuing import apply_settings, check_isolation, fit_vocabulary, id_count
@@ -79,12 +78,12 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
     )
     if is_deepspeed_zero3_enabled():
         # Shards while it builds and draws the weights afterwards, module by module.
-        return SoftpickForCausalLM._from_config(
+        return AutoModelForCausalLM.from_config(
             config, attn_implementation=settings.attn_implementation, dtype=torch.float32
         )
     # The same draws in the same order as above: a run starts from the same weights however it is distributed.
     with no_init_weights():
-        model = SoftpickForCausalLM._from_config(
+        model = AutoModelForCausalLM.from_config(
             config, attn_implementation=settings.attn_implementation, dtype=torch.float32
         )
     set_seed(seed)

@@ -15,6 +15,7 @@ from hf_softpick.data.preparing import PreparedData
 from hf_softpick.errors import RecipeError, StorageError
 from hf_softpick.files import clear, sync, write_text
 from hf_softpick.generation_settings import mend_generation_config
+from hf_softpick.modeling import compat
 from hf_softpick.modeling.attention_guard import SEALED
 from hf_softpick.training import checkpointing, environment, finished, resume
 from hf_softpick.training.dry_run import disk_warnings
@@ -54,7 +55,9 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
         try:
             clear(scratch)
             with _for_generation(trainer.model):
-                trainer._save(str(scratch), None if _is_small(trainer.model) else {"trial": torch.zeros(1)})
+                weights = None if _is_small(trainer.model) else {"trial": torch.zeros(1)}
+                trainer.model.save_pretrained(scratch, state_dict=weights)
+                trainer.processing_class.save_pretrained(scratch)
             _write_card(scratch, recipe, {"parameters": 0}, data_report, ())
         finally:
             with contextlib.suppress(OSError):
@@ -74,12 +77,12 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
 
 
 def _count(model: torch.nn.Module) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    return sum(compat.whole_shape(p).numel() for p in model.parameters())
 
 
 def _is_small(model: torch.nn.Module) -> bool:
     parameters = list(model.parameters())
-    sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    sharded = any(map(compat.is_sharded, parameters))
     return not sharded and sum(parameter.nbytes for parameter in parameters) <= _TRIAL_BYTES
 
 
@@ -167,7 +170,7 @@ def write_final(
             trainer.save_model(str(staging))
         if main:
             if recipe.training.export_dtype != "float32":
-                _cast(staging, getattr(torch, recipe.training.export_dtype), model._keep_in_fp32_modules_strict or ())
+                _cast(staging, getattr(torch, recipe.training.export_dtype), compat.float32_modules(model))
             _write_card(staging, recipe, results, data_report, trainer.manifest_facts.get("changes", ()))
             files.update(checkpointing.record_files(staging))
             _replace(staging, final)

@@ -110,9 +110,9 @@ def _run(settings: ModelSettings, args: TrainingArguments) -> PreTrainedModel:
         num_hidden_layers=1,
         num_attention_heads=2,
         head_dim=width if special else 32,
+        attn_implementation=settings.attn_implementation if special else "eager",
     )
-    config._attn_implementation = settings.attn_implementation if special else "eager"
-    model = SoftpickForCausalLM(config).to(args.device)  # _from_config would shard it under ZeRO-3
+    model = SoftpickForCausalLM(config).to(args.device)  # AutoModel would shard it under ZeRO-3
     ids = torch.arange(64, device=args.device)[None]
     positions = torch.cat((torch.arange(24), torch.arange(40)))[None].to(args.device)
     with torch.autocast(args.device.type, torch.float16 if args.fp16 else torch.bfloat16, args.bf16 or args.fp16):

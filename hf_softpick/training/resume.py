@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainingArguments
@@ -219,14 +218,10 @@ def apply_options(optimizer: Optimizer, scheduler: Any, options: list[dict[str, 
     if not isinstance(scheduler, LambdaLR):
         return
     scheduler.base_lrs = [float(option["lr"]) for option in options]
-    for index, (group, base) in enumerate(zip(optimizer.param_groups, scheduler.base_lrs, strict=True)):
-        rate = base * scheduler.lr_lambdas[index](scheduler.last_epoch)
+    for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
         group["initial_lr"] = base
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-    scheduler._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
+    scheduler.last_epoch -= 1
+    scheduler.step()
 
 
 def _batch_message(checkpoint: Path, manifest: dict[str, Any], facts: dict[str, Any]) -> str:

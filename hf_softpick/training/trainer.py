@@ -14,13 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_softpick.errors import StorageError
 from hf_softpick.files import clear
+from hf_softpick.modeling import compat
 from hf_softpick.training import checkpointing
 from hf_softpick.training.callbacks import StopRequest
+from hf_softpick.training.compat import HookedTrainer
 from hf_softpick.training.evaluation import token_weighted_loss
 from hf_softpick.training.flops import device_peak, flops_per_token
 from hf_softpick.training.metrics import Clock, MetricsFile, memory_gib
@@ -30,7 +32,7 @@ from hf_softpick.training.resume import group_options
 logger = logging.getLogger(__name__)
 
 
-class SoftpickTrainer(Trainer):
+class SoftpickTrainer(HookedTrainer):
     """Trainer for packed rows of one length.
 
     Args:
@@ -52,7 +54,7 @@ class SoftpickTrainer(Trainer):
         super().__init__(**kwargs)
         if tied := getattr(self.model, "all_tied_weights_keys", None):
             # A tied head is not saved; without this, transformers warns at every resume that it is missing.
-            self.model._keys_to_ignore_on_save = set(tied)
+            compat.expect_missing(self.model, tied)
         self.metrics = metrics
         self.guard = SkipGuard(max_consecutive_skips)
         self.manifest_facts = manifest_facts or {}
@@ -66,18 +68,18 @@ class SoftpickTrainer(Trainer):
         self.run_loss: Tensor | float = 0.0
         self.no_targets = False
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
-        self.staging: Path | None = None
         self.group_options: list[dict[str, Any]] = []
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)  # callbacks.Progress prints one readable line instead.
         self.add_callback(self.stop)
+        self.add_callback(_Start(self))
 
     # Loss and gradients
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices alone decay: norms, biases and per-head scales have one dimension, also when ZeRO-3 hides it."""
         named = model.named_parameters(remove_duplicate=False)  # tied weights go by both names
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in named}
+        shapes = {name: compat.whole_shape(p) for name, p in named}
         return [name for name in super().get_decay_parameter_names(model) if len(shapes[name]) >= 2]
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
@@ -88,7 +90,13 @@ class SoftpickTrainer(Trainer):
         return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """One update's micro-batches and the number of their targets over all ranks; notes when there is none."""
+        """One update's micro-batches and the number of their targets over all ranks; notes when there is none.
+
+        Nothing, and the end, when a checkpoint of the last step was loaded: the base class would train one step more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.no_targets = targets is not None and not int(targets)
         return batches, targets
@@ -121,12 +129,11 @@ class SoftpickTrainer(Trainer):
             return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
         return self.accelerator.autocast()
 
-    def _get_grad_norm(self, model, grad_norm=None) -> float:
-        """Called once before each optimizer step, with the gradients reduced: apply or refuse, the same on all ranks.
+    def judge_update(self, model: nn.Module, norm: Tensor | float | None) -> float:
+        """Apply or refuse, the same on all ranks.
 
         DeepSpeed has made its step by now, or refused it itself because the norm was not finite.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
         norm = math.nan if norm is None else float(norm)
         loss = torch.stack(self.micro_losses).sum()
         self.micro_losses.clear()
@@ -184,18 +191,6 @@ class SoftpickTrainer(Trainer):
             )
         newest = next(iter(checkpointing.steps(Path(self.args.output_dir))), None)
         self.guard.check(f"Last checkpoint: step {newest}." if newest else "There is no checkpoint yet.")
-
-    # Order of the steps
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """One epoch; none when a checkpoint of the last step was loaded (the base class would train one step more)."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        if kwargs["epoch"] == kwargs["epochs_trained"]:
-            self.clock.restart()
-            self.window_start_tokens = self.state.num_input_tokens_seen
-        super()._run_epoch(**kwargs)
 
     # Evaluation and logging
 
@@ -269,27 +264,29 @@ class SoftpickTrainer(Trainer):
 
     # Checkpoints
 
-    def _get_output_dir(self, trial=None) -> str:
-        """Where the base class puts `checkpoint-N`: the staging directory while a checkpoint is being written."""
-        return str(self.staging or self.args.output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As the base class, without the pickle of the arguments (it holds tokens in clear text)."""
-        super()._save(output_dir, state_dict)
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def write_checkpoint(self, write: Callable[[], None]) -> None:
         """Write a checkpoint beside its place, describe it, rename it. All ranks agree that it is whole."""
-        root, step = Path(self.args.output_dir), self.state.global_step
-        with self.clock.paused():
-            self.staging = checkpointing.staging_directory(root, step)
+        output_dir, step = self.args.output_dir, self.state.global_step
+        root = Path(output_dir)
+        staging = checkpointing.staging_directory(root, step)
+
+        def stage() -> None:
+            self.args.output_dir = str(staging)
             try:
-                self._save_together(lambda: clear(self.staging) if self.is_world_process_zero() else None, step)
-                self._save_together(lambda: super(SoftpickTrainer, self)._save_checkpoint(model, trial), step)
-                self._save_together(lambda: self._publish(root, step), step)
+                write()
             finally:
-                self.staging = None
+                self.args.output_dir = output_dir
+
+        with self.clock.paused():
+            self._save_together(lambda: clear(staging) if self.is_world_process_zero() else None, step)
+            self._save_together(stage, step)
+            self._save_together(lambda: self._publish(root, step), step)
 
     def _publish(self, root: Path, step: int) -> None:
         if not self.is_world_process_zero():
@@ -297,7 +294,8 @@ class SoftpickTrainer(Trainer):
         # A relaunch goes on counting refused updates: a run that diverged must not end by being restarted.
         counts = {"tokens_seen": self.state.num_input_tokens_seen, "consecutive_skips": self.guard.consecutive}
         facts = {"step": step, **counts, **self.manifest_facts}
-        checkpointing.write_manifest(self.staging / f"{PREFIX_CHECKPOINT_DIR}-{step}", facts)
+        staged = checkpointing.staging_directory(root, step) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        checkpointing.write_manifest(staged, facts)
         checkpointing.publish(root, step)
         checkpointing.rotate(root, self.args.save_total_limit)
 
@@ -322,7 +320,7 @@ class SoftpickTrainer(Trainer):
             return
         root = Path(self.args.output_dir)
         if self.is_world_process_zero():
-            shutil.rmtree(self.staging, ignore_errors=True)
+            shutil.rmtree(checkpointing.staging_directory(root, step), ignore_errors=True)
         good = checkpointing.steps(root)
         raise StorageError(
             f"The checkpoint of step {step} could not be written under {root}: {fault}. "
@@ -330,3 +328,15 @@ class SoftpickTrainer(Trainer):
             + (f"The last good checkpoint is step {good[0]}; " if good else "There is no older checkpoint; ")
             + "make room and run the same command again."
         )
+
+
+class _Start(TrainerCallback):
+    """Begins the window of the first log line where training begins, with what a checkpoint has brought back."""
+
+    def __init__(self, trainer: SoftpickTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Model and state are loaded, the first step is not made yet."""
+        self.trainer.clock.restart()
+        self.trainer.window_start_tokens = state.num_input_tokens_seen

@@ -228,7 +228,7 @@ def test_rotation_keeps_two(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1)
     trainer.train()
     assert checkpointing.steps(tmp_path / "checkpoints") == [4, 3]
-    assert trainer._get_output_dir() == str(tmp_path / "checkpoints")  # and no staging folder any more
+    assert trainer.args.output_dir == str(tmp_path / "checkpoints")  # and no staging folder any more
 
 
 DISK_FULL = """
@@ -240,12 +240,12 @@ from hf_softpick.errors import StorageError
 from hf_softpick.training import checkpointing
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 trainer = make_trainer(Path(sys.argv[1]), max_steps=4, save_strategy="steps", save_steps=2)
-save = trainer._save_checkpoint
+save = trainer.write_checkpoint
 def full(*args):
     if trainer.state.global_step == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
     save(*args)
-trainer._save_checkpoint = full
+trainer.write_checkpoint = full
 try:
     trainer.train()
 except StorageError as error:
