@@ -10,11 +10,11 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from .attention_blocks import Block, Layout
 from .attention_eager import dense_attention
 from .attention_inputs import OPERATORS, check_inputs, explicit_mask
+from .compat import decomposition
 from .normalizers import NORMALIZERS, Normalizer, base_normalizer
 from .visibility import VisibleKeys
 
@@ -256,7 +256,7 @@ def _autograd(ctx, grad: Tensor | None, grad_lse: Tensor | None):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@register_decomposition(_forward._opoverload)
+@decomposition(_forward)
 def _dense_forward(query, key, value, start, end, keys, mask, scale, kind):
     """The forward pass for formats that know none of our operators: torch's ONNX exporter takes it from this table.
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import attention_forward
+from .compat import TorchDispatchMode, attention_of, is_sharded
 
 LENGTH, FIRST = 13, 5  # a row, and the first of its two documents; nothing else in a model has 13 elements
 _WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "sparse", "dense"}
@@ -34,7 +34,7 @@ def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
             return attention_forward(module, *args, **kwargs | {"name": computed})
 
     with _running(model, normalizer) as rows:
-        ALL_ATTENTION_FUNCTIONS[config._attn_implementation] = recorded
+        ALL_ATTENTION_FUNCTIONS[attention_of(config)] = recorded
         try:
             computed = normalizer
             with other:
@@ -49,7 +49,7 @@ def prove_normalizer(model: PreTrainedModel, normalizer: str) -> None:
             if torch.equal(_logits(model, rows), logits):
                 raise ValueError("its logits are the same with softmax")
         finally:
-            del ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+            del ALL_ATTENTION_FUNCTIONS[attention_of(config)]
 
 
 def prove_causal(model: PreTrainedModel) -> None:
@@ -115,7 +115,7 @@ def _rows(model: PreTrainedModel) -> Tensor:
 @contextlib.contextmanager
 def _gathered(model: PreTrainedModel) -> Iterator[None]:
     """Whole weights for each module while it runs, where ZeRO-3 has sharded them and no engine gathers them yet."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not any(map(is_sharded, model.parameters())):
         yield
         return
     import deepspeed
