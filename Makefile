@@ -14,9 +14,11 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 TRANSFORMERS := $(shell sed -n 's/^transformers==/transformers-/p' requirements.txt)
 CACHE := $(or $(HF_SOFTPICK_CACHE),$(HOME)/.cache/hf_softpick)
 TRANSFORMERS_TESTS := $(CACHE)/$(TRANSFORMERS)/tests
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' setup.py)
+OLDEST_TRANSFORMERS := $(CACHE)/transformers-$(OLDEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train compare test transformers-tests lint format clean
+.PHONY: help install train compare test transformers-tests oldest-transformers lint format clean
 
 help:
 	@echo "make install  make $(VENV) with everything that is tested, and this checkout"
@@ -24,6 +26,7 @@ help:
 	@echo "make compare  train softmax_tiny and softpick_tiny, measure both, write $(REPORT)/comparison.html (at most 25 minutes)"
 	@echo "make test     style and tests (at most 15 minutes on 2 cores)"
 	@echo "make transformers-tests  transformers' own tests of a model into $(CACHE); make test runs them"
+	@echo "make oldest-transformers  the tests of private names with the oldest transformers that is supported; make test does"
 	@echo "make lint     style alone;  make format mends it"
 	@echo "make clean    remove caches and builds, keep .venv and runs"
 
@@ -67,6 +70,17 @@ $(TRANSFORMERS_TESTS): | $(STAMP)
 
 transformers-tests: $(TRANSFORMERS_TESTS)
 
+# That version, and the hub client that it wants; what else it depends on is the same.
+$(OLDEST_TRANSFORMERS): | $(STAMP)
+	rm -rf "$@.part"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target "$@.part" \
+		"transformers==$(OLDEST).0" "huggingface_hub>=1.5,<2"
+	mv "$@.part" "$@"
+
+oldest-transformers: $(OLDEST_TRANSFORMERS)
+	PYTHONPATH="$(OLDEST_TRANSFORMERS)" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q \
+		tests/modeling/test_compat.py tests/modeling/test_mask_parts.py tests/training/test_trainer_hooks.py tests/test_private_names.py
+
 # One thread in each worker: more would fight over the cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 15
 
@@ -77,6 +91,8 @@ test: lint
 	$(PYTEST) $(ARGS)
 ifeq ($(strip $(ARGS)),)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
+	@$(MAKE) --no-print-directory "$(OLDEST_TRANSFORMERS)" || test -z "$(CI)"
+	test ! -d "$(OLDEST_TRANSFORMERS)" || $(MAKE) --no-print-directory oldest-transformers
 endif
 
 clean:
