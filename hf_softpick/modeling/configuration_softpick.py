@@ -35,18 +35,6 @@ class SoftpickConfig(LlamaConfig):
     normalizer: str = "softpick"
     sliding_window: int | None = None
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Llama's tensor parallel plan; a rank holds the normalizer's parameters of its own heads."""
-        plan = vars(self).get("base_model_tp_plan", LlamaConfig.base_model_tp_plan)
-        own = [f"layers.*.self_attn.{name}" for name in describe_normalizer(self.normalizer).parameters]
-        return {**plan, **dict.fromkeys(own, "colwise"), "layers.*.self_attn": "local_params"} if own else plan
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
-        """transformers 5.17 adds tied embeddings to the plan. It is never saved."""
-        vars(self)["base_model_tp_plan"] = plan
-
     def validate_architecture(self):
         """Part of `@strict` validation; runs by itself."""
         super().validate_architecture()

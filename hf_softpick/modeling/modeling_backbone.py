@@ -104,6 +104,8 @@ class SoftpickAttention(LlamaAttention):
 
 def _scale_queries(query: Tensor, head_scale: Tensor, position: Tensor) -> Tensor:
     """query [B, H, T, D] times s_h * log(n_i), in its dtype; n_i = position + 2, so that no logarithm is 0."""
+    if hasattr(head_scale, "to_local"):  # tensor parallelism: those of this rank's heads
+        head_scale = head_scale.to_local()
     factor = (head_scale.float()[:, None] * torch.log(position[:, None].float() + 2))[..., None]
     if query.dtype in (torch.float32, torch.float64) or torch.compiler.is_compiling():  # a compiler fuses the cast
         return (query * factor).to(query.dtype)
@@ -238,6 +240,9 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        for layer in self.layers[:1]:  # what attention holds itself is one number a head: a rank has those of its own
+            for name, _ in layer.self_attn.named_parameters(recurse=False):
+                self._tp_plan[f"layers.*.self_attn.{name}"] = "colwise"
 
     def forward(
         self,
@@ -303,8 +308,12 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
                 "model is causal, and its keys are those of the call and of past_key_values."
             )
         (batch, length), device = given.shape[:2], given.device
-        keys, key_offset = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
-        offset = past_key_values.get_query_offset() if past_key_values is not None else 0
+        keys, key_offset, offset = length, 0, 0
+        if past_key_values is not None:
+            # A pipeline's stage holds some layers alone; the others' part of its cache stays empty.
+            own = next((i for i, layer in enumerate(self.layers) if isinstance(layer, SoftpickDecoderLayer)), 0)
+            keys, key_offset = past_key_values.get_mask_sizes(length, own)
+            offset = past_key_values.get_query_offset(own)
         if isinstance(offset, Tensor):
             offset = offset.to(device)
         padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None

@@ -116,14 +116,6 @@ def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path):
     close(loaded(ids).logits, model(ids).logits)
 
 
-def test_the_tensor_parallel_plan_takes_what_transformers_adds():
-    """5.17 assigns a plan with the tied embeddings to each configuration."""
-    config = tiny_config("scaled_softpick")
-    config.base_model_tp_plan = {**config.base_model_tp_plan, "embed_tokens": "embedding_rowwise"}
-    assert {"embed_tokens", "layers.*.self_attn.head_scale"} <= set(config.base_model_tp_plan)
-    assert "base_model_tp_plan" not in config.to_dict() and "embed_tokens" not in tiny_config().base_model_tp_plan
-
-
 def test_only_the_main_process_writes_code(tmp_path):
     tiny_model().save_pretrained(tmp_path, is_main_process=False)
     assert not list(tmp_path.glob("*.py"))

@@ -6,9 +6,7 @@ beside the others.
 """
 
 import importlib
-import multiprocessing
 import os
-import socket
 import sys
 import unittest
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import _TEXT_MODEL_TESTER_DEFAULTS as SIZES
+from two_processes import start_group, start_processes
 
 from hf_softpick.modeling import modeling_softpick
 
@@ -34,37 +33,20 @@ HEADS = {
 }
 
 
-def _join(rank: int, function, arguments: tuple, processes: int, port: int) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes
-    )
+def _call(rank: int, function, arguments: tuple) -> None:
+    """What a process runs. It is of this file, so that the package below is there before it is needed."""
     function(rank, *arguments)
-    torch.distributed.destroy_process_group()
-
-
-def _rank(rank: int, function, arguments: tuple) -> None:
-    """What a spawned process runs. It is of this file, so that the package below is there before it is needed."""
-    torch.set_num_threads(1)
-    function(rank, *arguments)
-
-
-def _start_rank_processes(function, args: tuple, nprocs: int) -> None:
-    # Imports take longer than any of these tests; a server that has done them forks the processes.
-    multiprocessing.set_forkserver_preload([modeling_softpick.__name__, "torch.distributed.fsdp"])
-    torch.multiprocessing.start_processes(_rank, (function, args), nprocs=nprocs, start_method="forkserver")
 
 
 def _run_distributed(world_size: int):
     def run(function):
-        def start(*arguments):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            _start_rank_processes(_join, (function, arguments, world_size, port), world_size)
-
-        return start
+        return lambda *arguments: start_group(_call, (function, arguments), world_size)
 
     return run
+
+
+def _start_rank_processes(function, args: tuple, nprocs: int) -> None:
+    start_processes(_call, (function, args), nprocs)
 
 
 # What the sources import from files that the source distribution leaves out.
