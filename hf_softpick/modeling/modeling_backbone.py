@@ -86,7 +86,7 @@ class SoftpickAttention(LlamaAttention):
         implementation = attention_of(self.config)
         if implementation not in IMPLEMENTATIONS:
             # Asserted here as well: writing config._attn_implementation directly passes every check at load time.
-            _refuse_foreign(self.config.normalizer, implementation)
+            refuse_softmax(self.config.normalizer, implementation)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -146,8 +146,11 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
     config: SoftpickConfig
     _no_split_modules = ["SoftpickDecoderLayer"]
     _can_record_outputs = {"hidden_states": SoftpickDecoderLayer, "attentions": SoftpickAttention}
-    # What transformers and engines ask the class: those attentions compute softmax, which the default is not.
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
+    # Those attentions compute softmax, which the default is not; set for each model below.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
+    # Engines ask the class, before they know the normalizer: said no, they name no reason, and a softmax model could
+    # not run either. A model of another normalizer refuses by name as soon as one is built for an engine.
+    _supports_attention_backend = True
 
     def __init__(self, config: SoftpickConfig):
         config.validate_architecture()  # by itself it sees no field that was changed after the configuration was made
@@ -190,7 +193,7 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
                 f"{type(self).__name__} with normalizer {normalizer!r} cannot run with attn_implementation={name!r}: "
                 "the normalizer belongs to the model. Load it with normalizer=... to change what it computes."
             )
-        _refuse_foreign(normalizer, name)
+        refuse_softmax(normalizer, name)
         return None
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
@@ -219,11 +222,13 @@ def _copy_code(folder) -> None:
         shutil.copyfile(code, Path(folder, Path(code).name))
 
 
-def _refuse_foreign(normalizer: str, implementation: str) -> None:
+def refuse_softmax(normalizer: str, implementation: str) -> None:
+    """Raise unless `normalizer` is softmax, which is all that transformers' own attention and engines compute."""
     if base_normalizer(normalizer) != "softmax":
         raise ValueError(
-            f"the normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}: it is not one of "
-            f"{', '.join(map(repr, IMPLEMENTATIONS))}, and transformers' own attention computes softmax."
+            f"the normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}, which computes "
+            f"softmax. Use one of {', '.join(map(repr, IMPLEMENTATIONS))}, with transformers' own generate(): no "
+            "serving engine has them."
         )
 
 
@@ -242,7 +247,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
         self.post_init()
         for layer in self.layers[:1]:  # what attention holds itself is one number a head: a rank has those of its own
             for name, _ in layer.self_attn.named_parameters(recurse=False):
-                self._tp_plan[f"layers.*.self_attn.{name}"] = "colwise"
+                self.tp_plan[f"layers.*.self_attn.{name}"] = "colwise"
 
     def forward(
         self,
@@ -353,7 +358,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             return visible, position_ids, kwargs
         if implementation in ("eager", "sdpa"):
             return visible.dense(length, keys, device), position_ids, kwargs
-        _refuse_foreign(self.config.normalizer, implementation)
+        refuse_softmax(self.config.normalizer, implementation)
         rows = torch.empty(batch, length, 0, dtype=self.dtype, device=device)
         mask, more = softmax_mask(
             self.config, visible, position, rows, padding, past_key_values, keys, position_ids, query

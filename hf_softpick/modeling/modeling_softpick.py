@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_softpick import SoftpickConfig
-from .modeling_backbone import SoftpickModel, SoftpickPreTrainedModel
+from .modeling_backbone import SoftpickModel, SoftpickPreTrainedModel, refuse_softmax
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +37,11 @@ class SoftpickForCausalLM(SoftpickPreTrainedModel, LlamaForCausalLM):
             return attention_mask
         length, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
         return nn.functional.pad(attention_mask, (0, max(length - attention_mask.shape[1], 0)))
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """transformers' own engine, whose attentions compute softmax."""
+        refuse_softmax(self.config.normalizer, "paged|eager")
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 class _Headed(SoftpickPreTrainedModel):

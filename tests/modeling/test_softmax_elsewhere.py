@@ -6,15 +6,19 @@ import functools
 import pytest
 import torch
 from test_model_masks import LENGTHS, alone, packed, padded
-from tiny_softpick import close, double_parameters, oracle, tiny_model, tokens
+from tiny_softpick import close, double_parameters, oracle, tiny_config, tiny_model, tokens
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     modeling_flash_attention_utils,
 )
 from transformers.masking_utils import sdpa_mask
+
+from hf_softpick import SoftpickModel
 
 NORMALIZERS = ["softmax", "scaled_softmax"]
 
@@ -115,26 +119,86 @@ def register(monkeypatch, name: str, function, mask_function=None) -> None:
         monkeypatch.setattr(interface, "_global_mapping", mapping)
 
 
-def test_an_engine_says_positions_itself(monkeypatch):
-    """Three sequences that decode in one row over a cache that the model does not see, as vLLM calls it."""
-    model, seen = tiny_model("scaled_softmax"), []
+class EngineAttention:
+    """A layer of an engine: the keys of each sequence in a cache of its own, and what runs now told from outside."""
 
-    def engine(module, query, key, value, attention_mask, dropout, scaling, **kwargs):
-        seen.append((query, attention_mask, kwargs["attention_instances"]))
-        return query.transpose(1, 2), None
+    def __init__(self, window: int | None):
+        self.window, self.running, self.cache = window, [], {}
 
-    register(monkeypatch, "engine", engine)
-    model.config._attn_implementation = "engine"
-    ids, positions = torch.tensor([[9, 9, 9]]), torch.tensor([[17, 5, 9]])
+    def __call__(self, query, key, value, scale):
+        """[tokens, heads * 8] each, the running sequences end to end -> the same for the outputs."""
+        query, key, value = (x.view(-1, x.shape[-1] // 8, 8).transpose(0, 1) for x in (query, key, value))
+        outputs = []
+        for sequence, q, k, v in zip(
+            [sequence for sequence, _ in self.running],
+            *(x.split([length for _, length in self.running], 1) for x in (query, key, value)),
+            strict=True,
+        ):
+            if sequence in self.cache:
+                k, v = (torch.cat(pair, 1) for pair in zip(self.cache[sequence], (k, v), strict=True))
+            self.cache[sequence] = k, v
+            distance = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
+            seen = (distance >= 0) & (distance < (self.window or k.shape[1]))
+            attention = torch.nn.functional.scaled_dot_product_attention
+            outputs.append(attention(q, k, v, seen, scale=scale, enable_gqa=True))
+        return torch.cat(outputs, 1).transpose(0, 1).flatten(1)
+
+
+def engine_attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):
+    """As vLLM and SGLang register theirs: one row of tokens, the layer chosen by its index, the mask not read."""
+    assert attention_mask is None
+    query, key, value = (x.transpose(1, 2).reshape(query.shape[-2], -1) for x in (query, key, value))
+    return attention_instances[module.layer_idx](query, key, value, scaling), None
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_an_engine_with_a_cache_of_its_own(normalizer, window, monkeypatch):
+    """Prompts in one row, then a token each, as vLLM calls the backbone that it builds from the configuration."""
+    model = tiny_model(normalizer, sliding_window=window)
+    register(monkeypatch, "vllm", engine_attention)
+    config = tiny_config(normalizer, sliding_window=window)
+    config._attn_implementation = "vllm"
+    assert SoftpickModel.is_backend_compatible()
+    backbone = AutoModel.from_config(config, dtype=torch.float32).eval()
+    backbone.load_state_dict(model.model.state_dict())
+    layers = {index: EngineAttention(config.sliding_window) for index in range(config.num_hidden_layers)}
+    prompts = [tokens(n, seed=n) for n in (7, 3, 5)]
+
+    def step(parts, positions):
+        for layer in layers.values():
+            layer.running = [(index, len(part)) for index, part in enumerate(parts)]
+        call = {"position_ids": torch.cat(positions)[None], "attention_instances": layers}
+        return backbone(input_ids=torch.cat(parts)[None], use_cache=False, return_dict=False, **call)[0][0]
+
     with torch.no_grad():
-        model(ids, position_ids=positions, use_cache=False, attention_instances="theirs")
-        scaled = seen[0][0].norm(dim=-1)  # rotations keep the length
-        layer = model.model.layers[0]
-        hidden = layer.input_layernorm(model.model.embed_tokens(ids))
-        plain = layer.self_attn.q_proj(hidden).view(1, 3, 4, 8).transpose(1, 2).norm(dim=-1)
-        scale = layer.self_attn.head_scale[:, None] * torch.log(positions + 2.0)
-    close(scaled, plain * scale)
-    assert seen[0][1:] == (None, "theirs")
+        hidden = step(prompts, [torch.arange(len(p)) for p in prompts])
+        expected = [model(p[None], use_cache=True) for p in prompts]
+        close(model.lm_head(hidden), torch.cat([out.logits[0] for out in expected]))
+        more = [torch.tensor([9]), torch.tensor([11]), torch.tensor([13])]
+        hidden = step(more, [torch.tensor([len(p)]) for p in prompts])
+        caches = [out.past_key_values for out in expected]
+        logits = [model(t[None], past_key_values=c).logits[0] for t, c in zip(more, caches, strict=True)]
+        close(model.lm_head(hidden), torch.cat(logits))
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "rectified_softmax", "scaled_softpick"])
+def test_engines_are_refused_by_name(normalizer, monkeypatch):
+    """vLLM and SGLang write their attention into the configuration, TGI names it, and all ask the class before."""
+    model, message = tiny_model(normalizer), f"(?s){normalizer}.*computes softmax.*generate"
+    for name in ("vllm", "sglang", "tgi"):
+        register(monkeypatch, name, engine_attention)
+        config = tiny_config(normalizer)
+        config._attn_implementation = name
+        for load in (AutoModel.from_config, AutoModelForCausalLM.from_config, SoftpickModel):
+            with pytest.raises(ValueError, match=message):
+                load(config)
+        with pytest.raises(ValueError, match=message):
+            AutoModelForCausalLM.from_config(tiny_config(normalizer), attn_implementation=name)
+    for name in ("auto", "eager"):
+        model.set_attn_implementation(name)
+        with pytest.raises(ValueError, match=message):
+            model.generate_batch([[5, 6, 7]], GenerationConfig(max_new_tokens=2, eos_token_id=63), progress_bar=False)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "paged|eager"])
@@ -145,7 +209,8 @@ def test_continuous_batching_equals_generate(name):
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=63, pad_token_id=0)
     expected = [model.generate(torch.tensor([p]), generation_config=settings)[0, len(p) :].tolist() for p in prompts]
     model.set_attn_implementation(name)
-    config = ContinuousBatchingConfig(num_blocks=64, page_size=16, max_batch_tokens=64)
+    size = {"page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size": 16}  # 5.17: the second
+    config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, **size)
     out = model.generate_batch(prompts, settings, continuous_batching_config=config, progress_bar=False)
     assert {tuple(o.prompt_ids): o.generated_tokens for o in out.values()} == {
         tuple(p): e for p, e in zip(prompts, expected, strict=True)
