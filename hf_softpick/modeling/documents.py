@@ -22,7 +22,7 @@ def document_begins(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
     index = torch.arange(position_ids.shape[-1], device=position_ids.device)
     if real is None:
         return (position_ids - position_ids.roll(1, -1) != 1) | (index == 0)
-    last = torch.where(real, index, -1).cummax(-1)[0].roll(1, -1)  # column of the real token before
+    last = running_max(torch.where(real, index, -1)).roll(1, -1)  # column of the real token before
     last = torch.where(index == 0, -1, last)
     position_ids = position_ids.expand(real.shape[0], -1)
     return real & ((last < 0) | (position_ids - position_ids.gather(1, last.clamp_min(0)) != 1))
@@ -34,7 +34,15 @@ def document_positions(begins: Tensor, real: Tensor | None = None) -> Tensor:
         count = torch.arange(begins.shape[-1], device=begins.device).expand_as(begins)
     else:
         count = real.cumsum(-1) - real.long()
-    return count - torch.where(begins, count, 0).cummax(-1)[0]
+    return count - running_max(torch.where(begins, count, 0))
+
+
+def running_max(x: Tensor) -> Tensor:
+    """int [..., T]: the largest of x [..., T], none below -1, up to each column; ONNX has no operator for it."""
+    if not torch.compiler.is_exporting():
+        return x.cummax(-1)[0]
+    index = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(index <= index[:, None], x[..., None, :], -1).amax(-1)
 
 
 def numbered_begins(numbers: Tensor) -> Tensor:
@@ -146,4 +154,5 @@ __all__ = [
     "document_positions",
     "numbered_begins",
     "read_documents",
+    "running_max",
 ]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .documents import document_begins
+from .documents import document_begins, running_max
 
 
 class VisibleKeys(NamedTuple):
@@ -90,14 +90,17 @@ def visible_keys(
     if position_ids is not None:
         position_ids = position_ids.to(device=device, dtype=torch.int64)
         begins = document_begins(position_ids, real)
-        # Where the call's first document began, told by every token of it alike; in later ones it says too little.
+        # The first document of the call may have begun before it: so far as its first real token says.
         if rank is None:
-            first = torch.where(position_ids < 0, 0, query - position_ids)
+            back, reach = position_ids[:, :1], query[:, :1]
+            first = torch.where(back < 0, 0, reach - back).clamp_min(0)
             begins = begins & (query > query_offset)
         else:
-            first = torch.searchsorted(rank, torch.where(position_ids < 0, 0, query_rank - position_ids).clamp_min(0))
+            at = real.int().argmax(-1, keepdim=True)
+            back, reach = (x.expand(rank.shape[0], -1).gather(1, at) for x in (position_ids, query_rank))
+            first = (rank < torch.where(back < 0, 0, reach - back)).sum(-1, keepdim=True)
             begins = begins & (real.cumsum(-1) > 1)
-        start = torch.maximum(torch.where(begins, query, 0).cummax(-1)[0], first)
+        start = torch.maximum(running_max(torch.where(begins, query, 0)), first)
     if rank is None:
         position = query - start
     else:
