@@ -15,7 +15,8 @@ import torch
 from attention_cases import plain, run
 from torch import Tensor
 
-from hf_softpick.modeling.normalizers import SOFTPICK_EPS, reference_attention
+from hf_softpick.modeling.attention_reference import reference_attention
+from hf_softpick.modeling.normalizers import SOFTPICK_EPS
 from softpick_attention.backward import attention_backward
 from softpick_attention.forward import attention_forward
 from softpick_attention.tuning import Config

@@ -1,5 +1,6 @@
 """What a reader notices first: style, length of files, and nothing that names the machine it was written on."""
 
+import ast
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from hf_softpick.modeling.normalizers import NORMALIZERS
 
 ROOT = Path(__file__).parent.parent
 SKIP = {"runs", "wandb", "build", "dist", "__pycache__"}
@@ -55,8 +58,6 @@ def test_the_patterns_find_what_they_should():
 
 
 def test_public_functions_have_docstrings():
-    import ast
-
     missing = []
     for path in _files(".py"):
         if path.is_relative_to(ROOT / "hf_softpick"):
@@ -83,3 +84,50 @@ def test_no_unsafe_loading():
             assert not re.search(r"^\s*(?:import|from) (?:pickle|yaml)\b", text, re.M), path
             assert "weights_only=False" not in text, path
             assert not re.search(r"shell\s*=\s*True", text), path
+
+
+NAMES = {*NORMALIZERS, "scaled", "scaled_"}
+STRING_METHODS = {"startswith", "endswith", "removeprefix", "removesuffix", "partition", "split", "replace", "find"}
+# The word is part of another name there: of a kernel on the Hub, and of an operator of torch.
+NO_NORMALIZER = {"'softpick' in attention", "'softmax' in name"}
+
+
+def _names(nodes):
+    """Normalizers' names that stand there, alone or in a tuple, list or set."""
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES:
+            yield node.value
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+            yield from _names(node.elts)
+
+
+def _decisions(code):
+    """Comparisons, string methods and cases of `match` with a normalizer's name."""
+    for node in ast.walk(ast.parse(code)):
+        parts = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in STRING_METHODS:
+            parts = node.args
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        if list(_names(parts)):
+            yield ast.unparse(node)
+
+
+def test_no_branch_on_the_name_of_a_normalizer():
+    """Code reads its description, in hf_softpick/modeling/normalizers.py, which alone knows the names."""
+    files = {*(ROOT / "hf_softpick").rglob("*.py"), *(ROOT / "eval").rglob("*.py")}
+    files.remove(ROOT / "hf_softpick/modeling/normalizers.py")
+    found = [(path.name, text) for path in sorted(files) for text in _decisions(path.read_text(encoding="utf-8"))]
+    assert [pair for pair in found if pair[1] not in NO_NORMALIZER] == []
+    assert {text for _, text in found} == NO_NORMALIZER
+
+
+def test_branches_on_a_name_are_found():
+    cases = "x == 'softpick'; 'softmax' != x; x in ('softpick', y); x not in {'softmax'}; x.startswith('scaled_'); "
+    cases += "x.endswith(('a', 'softpick')); x.removeprefix('scaled_'); 'scaled' in x; match x:\n case 'softmax': pass"
+    for case in cases.split("; "):
+        assert list(_decisions(case)), case
+    for case in ("f(x='softmax')", "x = 'softpick'", "{'softmax': 8}[x]", "x in (y['softpick'], 1)", "x == 'sdpa'"):
+        assert not list(_decisions(case)), case

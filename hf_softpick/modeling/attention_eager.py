@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .normalizers import reference_attention
+from .attention_reference import reference_attention
 from .visibility import VisibleKeys
 
 

@@ -25,7 +25,7 @@ from .normalizers import NORMALIZERS
 logger = logging.get_logger(__name__)
 
 OURS, SEALED = "softpick", "softpick_sealed"
-GUARDED = tuple(name for name in NORMALIZERS if name != "softmax" and not name.startswith("scaled_"))
+GUARDED = tuple(name for name, what in NORMALIZERS.items() if not (what.parameters or what.is_softmax))
 NOTE = "not readable as this architecture: its weights were trained with {} attention, and softmax would ruin them. "
 NOTE += "Import hf_softpick before loading, or load through an Auto class with trust_remote_code=True"
 

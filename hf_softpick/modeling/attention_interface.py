@@ -116,10 +116,11 @@ def what_is_computed(module: nn.Module, name: str) -> tuple[str, str]:
             f"{type(module).__name__} with normalizer {own!r} cannot run with attn_implementation={name!r}: the "
             "normalizer belongs to the model."
         )
-    if own is None and name.startswith("scaled_"):
+    if own is None and (parameters := NORMALIZERS[name].parameters):
+        others = ", ".join(other for other in NORMALIZERS if not NORMALIZERS[other].parameters)
         raise ValueError(
-            f"{type(module).__name__} cannot run with attn_implementation={name!r}: it has no learnable scale per "
-            f"head. Use {name.removeprefix('scaled_')!r}, or SoftpickForCausalLM with normalizer={name!r}."
+            f"{type(module).__name__} cannot run with attn_implementation={name!r}: it has no {' '.join(parameters)}. "
+            f"Use one of {others}, or SoftpickForCausalLM with normalizer={name!r}."
         )
     return name, "auto"
 

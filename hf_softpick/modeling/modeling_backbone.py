@@ -32,11 +32,10 @@ from .attention_triton import TRITON, refuse
 from .compat import attention_of
 from .configuration_softpick import SoftpickConfig
 from .documents import read_documents
-from .normalizers import NORMALIZERS, base_normalizer
+from .normalizers import NORMALIZERS, OWN_PARAMETERS
 from .softmax_masks import runs_in_engine, softmax_mask
 from .visibility import VisibleKeys, check_mask, check_padding, keep_documents_apart, visible_keys
 
-INITIAL_HEAD_SCALE = 0.3
 _HEADS = ("CausalLM", "QuestionAnswering", "SequenceClassification", "TokenClassification")
 _AUTO_MAP = {
     "AutoConfig": "configuration_softpick.SoftpickConfig",
@@ -46,13 +45,14 @@ _AUTO_MAP = {
 
 
 class SoftpickAttention(LlamaAttention):
-    """Llama's attention with the weights of `config.normalizer`; scaled_* adds `head_scale` [H], float32."""
+    """Llama's attention with the weights of `config.normalizer`, and that normalizer's parameters [H], float32."""
 
     def __init__(self, config: SoftpickConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        scaled = config.normalizer.startswith("scaled_")
-        scale = torch.full((config.num_attention_heads,), INITIAL_HEAD_SCALE, dtype=torch.float32) if scaled else None
-        self.head_scale = None if scale is None else nn.Parameter(scale)
+        own = NORMALIZERS[config.normalizer].parameters
+        for name in OWN_PARAMETERS:
+            values = torch.full((config.num_attention_heads,), own.get(name, 0.0), dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(values) if name in own else None)
 
     def forward(
         self,
@@ -154,17 +154,18 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
 
     def __init__(self, config: SoftpickConfig):
         config.validate_architecture()  # by itself it sees no field that was changed after the configuration was made
-        softmax = base_normalizer(config.normalizer) == "softmax"
-        self._supports_sdpa = self._supports_flash_attn = self._supports_flex_attn = softmax
-        self._supports_attention_backend = softmax
-        self._keep_in_fp32_modules_strict = {"head_scale"} if config.normalizer.startswith("scaled_") else set()
+        normalizer = NORMALIZERS[config.normalizer]
+        self._supports_sdpa = self._supports_flash_attn = self._supports_flex_attn = normalizer.is_softmax
+        self._supports_attention_backend = normalizer.is_softmax
+        self._keep_in_fp32_modules_strict = set(normalizer.parameters)
         PreTrainedModel.__init__(self, config)  # Llama's classes, next in line, would build their own layers
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, SoftpickAttention) and module.head_scale is not None:
-            initialization.constant_(module.head_scale, INITIAL_HEAD_SCALE)
+        if isinstance(module, SoftpickAttention):
+            for name, value in NORMALIZERS[module.config.normalizer].parameters.items():
+                initialization.constant_(getattr(module, name), value)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         chosen = self._own_implementation(attn_implementation)
@@ -224,7 +225,7 @@ def _copy_code(folder) -> None:
 
 def refuse_softmax(normalizer: str, implementation: str) -> None:
     """Raise unless `normalizer` is softmax, which is all that transformers' own attention and engines compute."""
-    if base_normalizer(normalizer) != "softmax":
+    if not NORMALIZERS[normalizer].is_softmax:
         raise ValueError(
             f"the normalizer {normalizer!r} cannot run with attn_implementation={implementation!r}, which computes "
             f"softmax. Use one of {', '.join(map(repr, IMPLEMENTATIONS))}, with transformers' own generate(): no "
@@ -341,7 +342,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             position_ids=documents,
             sliding_window=self.config.sliding_window,
         )
-        if self.config.normalizer.startswith("scaled_"):
+        if NORMALIZERS[self.config.normalizer].scaled:
             kwargs["document_position"] = position
         if attention_mask is not None and padding is None:
             if implementation not in (*IMPLEMENTATIONS, "sdpa"):

@@ -3,7 +3,6 @@
 Free of torch, because recipes are checked without it, and of other modules.
 """
 
-import importlib
 import math
 from dataclasses import dataclass, replace
 
@@ -91,7 +90,7 @@ NORMALIZERS: dict[str, Normalizer] = {
 
 
 # Names of parameters that some normalizer has, and transformers' attention has not.
-OWN_PARAMETERS = frozenset(name for normalizer in NORMALIZERS.values() for name in normalizer.parameters)
+OWN_PARAMETERS = tuple(dict.fromkeys(name for normalizer in NORMALIZERS.values() for name in normalizer.parameters))
 
 
 def describe_normalizer(name: str) -> Normalizer:
@@ -108,10 +107,3 @@ def describe_normalizer(name: str) -> Normalizer:
 def base_normalizer(name: str) -> str:
     """The function behind a normalizer's name: scaled_* only changes the scores. Errors as `describe_normalizer`."""
     return describe_normalizer(name).base
-
-
-def __getattr__(name: str):
-    """The functions have moved to attention_reference.py."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return getattr(importlib.import_module(".attention_reference", __package__), name)

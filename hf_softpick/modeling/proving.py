@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import attention_forward
 from .compat import TorchDispatchMode, attention_of, is_sharded
+from .normalizers import NORMALIZERS
 
 LENGTH, FIRST = 13, 5  # a row, and the first of its two documents; nothing else in a model has 13 elements
 _WITHOUT_ATTENTION = {"linear_attention", "mamba", "conv", "recurrent", "moe", "mlp", "sparse", "dense"}
@@ -77,7 +78,7 @@ def refusal(model: str, normalizer: str, error: Exception) -> ValueError:
     reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     if isinstance(error, KeyError) and error.args == (normalizer,):
         reason = "it has a fixed list of attentions"  # Falcon, GPT-J and others
-    elsewhere = "" if normalizer == "softmax" else "normalizer 'softmax', or "
+    elsewhere = "" if NORMALIZERS[normalizer].is_plain_softmax else "normalizer 'softmax', or "
     return ValueError(
         f"{model} cannot run with normalizer {normalizer!r}: {reason.rstrip('.')}. Use {elsewhere}a decoder whose "
         "attention goes through transformers' AttentionInterface (Llama, Qwen, Mistral, Gemma 3, GPT-2, most others)."

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from hf_softpick.conversion.settings import read_settings
 from hf_softpick.data.settings import DataSettings
 from hf_softpick.errors import CheckpointError, RecipeError
-from hf_softpick.modeling.attention_guard import unmark
+from hf_softpick.modeling.attention_guard import GUARDED, unmark
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.normalizers import NORMALIZERS, OWN_PARAMETERS
 from hf_softpick.modeling.proving import prove_causal, prove_normalizer, refusal
@@ -175,9 +175,8 @@ def foreign_attention(settings: ModelSettings) -> str | None:
             f"normalizer '{settings.normalizer}' only under attn_implementation 'auto'; leave it out."
         )
     if normalizer.parameters:
-        able = " or ".join(n.name for n in NORMALIZERS.values() if not (n.parameters or n.is_softmax))
         raise RecipeError(
             f"model.normalizer '{settings.normalizer}' has parameters of its own, and {settings.from_} has no place "
-            f"for them. Use {able}, or train a new model."
+            f"for them. Use {' or '.join(GUARDED)}, or train a new model."
         )
     return settings.normalizer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_cases import NORMALIZERS, Case, inputs, within
 from torch.testing import assert_close
 
-from hf_softpick.modeling.normalizers import attention_weights, reference_attention
+from hf_softpick.modeling.attention_reference import attention_weights, reference_attention
 from softpick_attention import softpick_attn_func, softpick_attn_varlen_func
 from softpick_attention.forward import attention_forward
 from softpick_attention.visibility import Visible, document_intervals

@@ -2,8 +2,9 @@
 
 import torch
 
+from hf_softpick.modeling.attention_reference import reference_attention
 from hf_softpick.modeling.documents import boundary_begins, document_positions
-from hf_softpick.modeling.normalizers import SOFTPICK_EPS, reference_attention
+from hf_softpick.modeling.normalizers import SOFTPICK_EPS
 from hf_softpick.modeling.visibility import visible_keys as visible_keys_and_positions
 
 CPU = torch.device("cpu")

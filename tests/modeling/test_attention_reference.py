@@ -8,7 +8,8 @@ from attention_cases import visible_keys, visible_keys_and_positions
 from torch.testing import assert_close
 
 from hf_softpick.modeling.attention_eager import dense_attention
-from hf_softpick.modeling.normalizers import NORMALIZERS, SOFTPICK_EPS, reference_attention
+from hf_softpick.modeling.attention_reference import reference_attention
+from hf_softpick.modeling.normalizers import NORMALIZERS, SOFTPICK_EPS
 
 CPU = torch.device("cpu")
 BASES = ["softpick", "softmax", "rectified_softmax"]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hf_softpick.modeling.attention_reference import attention_weights, reference_attention
 from hf_softpick.modeling.attention_tiled import SHIFT_LIMIT, tiled_attention
-from hf_softpick.modeling.normalizers import attention_weights, reference_attention
 
 LIMIT = SHIFT_LIMIT * math.log(2)  # the score from which a row is shifted by its maximum
 

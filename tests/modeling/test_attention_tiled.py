@@ -9,8 +9,8 @@ from attention_cases import BASES, CPU, KINDS, inputs, plain, run, seen, visible
 from torch.testing import assert_close
 
 from hf_softpick.modeling import attention_blocks
+from hf_softpick.modeling.attention_reference import reference_attention
 from hf_softpick.modeling.attention_tiled import tiled_attention
-from hf_softpick.modeling.normalizers import reference_attention
 from hf_softpick.modeling.visibility import VisibleKeys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

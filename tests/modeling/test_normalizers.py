@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hf_softpick.modeling.normalizers import (
-    NORMALIZERS,
-    SOFTPICK_EPS,
-    attention_weights,
-    base_normalizer,
-    rectified_softmax,
-    softmax,
-    softpick,
-)
+from hf_softpick.modeling.attention_reference import attention_weights, rectified_softmax, softmax, softpick
+from hf_softpick.modeling.normalizers import NORMALIZERS, SOFTPICK_EPS, base_normalizer
 
 FUNCTIONS = {"softpick": softpick, "softmax": softmax, "rectified_softmax": rectified_softmax}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

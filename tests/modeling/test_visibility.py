@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_softpick.modeling.attention_interface import attention_forward
+from hf_softpick.modeling.attention_reference import reference_attention
 from hf_softpick.modeling.documents import boundary_begins, document_positions, read_documents
-from hf_softpick.modeling.normalizers import reference_attention
 from hf_softpick.modeling.visibility import visible_keys
 
 CPU = torch.device("cpu")
