@@ -83,13 +83,8 @@ def load(options: argparse.Namespace, model: str, **kwargs: Any) -> "LoadedModel
     """`analysis.loading.load_model` with the options of `add_model_arguments`; `kwargs` win over them."""
     from hf_softpick.analysis.loading import load_model
 
-    arguments = {
-        "trust_remote_code": options.trust_remote_code,
-        "device": options.device,
-        "dtype": options.dtype,
-        "attn_implementation": options.attn_implementation,
-    }
-    return load_model(model, **{**arguments, **kwargs})
+    names = ("trust_remote_code", "device", "dtype", "attn_implementation")
+    return load_model(model, **{name: getattr(options, name) for name in names} | kwargs)
 
 
 def check_text(options: argparse.Namespace, model: str) -> None:

@@ -59,10 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     maps = parser.add_argument_group("attention maps")
     maps.add_argument("--text", help="short text that the maps are drawn of")
     maps.add_argument(
-        "--heads",
-        type=_heads,
-        metavar="LAYER.HEAD,...",
-        help="default the largest sink and a typical head",
+        "--heads", type=_heads, metavar="LAYER.HEAD,...", help="default the largest sink and a typical head"
     )
     maps.add_argument("--no-maps", action="store_true", help="load no model")
     maps.add_argument("--device", help="for example cpu or cuda:0; default the GPU where there is one")
@@ -179,19 +176,16 @@ def measure(kind: str, options: argparse.Namespace, text: Sequence[str] = ()) ->
     Returns:
         (run, exit code) of those that failed; the script has said why.
     """
+    from hf_softpick.analysis.loading import locate
+
     failed = []
     command = [sys.executable, str(Path(__file__).with_name(SCRIPTS[kind]))]
-    extra = [*(["--device", options.device] if options.device else [])]
+    extra = ["--device", options.device] if options.device else []
     extra += text if kind in ON_TEXT else []
     extra += ["--trust-remote-code"] if options.trust_remote_code else []
     for run in options.runs:
-        out = []
-        if options.results:
-            from hf_softpick.analysis.loading import locate
-
-            out = ["--out", str(Path(options.results, locate(run)[2]))]
-        code = subprocess.run([*command, run, *extra, *out]).returncode
-        if code:
+        out = ["--out", str(Path(options.results, locate(run)[2]))] if options.results else []
+        if code := subprocess.run([*command, run, *extra, *out]).returncode:
             failed.append((run, code))
     return failed
 

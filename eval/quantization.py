@@ -18,15 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import (
-    add_model_arguments,
-    add_sample_arguments,
-    at_least,
-    check_text,
-    load,
-    report_folder,
-    samples_for,
-)
+from common import add_model_arguments, add_sample_arguments, at_least, check_text, load, report_folder, samples_for
 
 from hf_softpick.commands import exit_code
 

@@ -23,9 +23,7 @@ DATA_SEED = 42
 DIGITS = 5
 PASSKEY_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PASSKEY_SAMPLES = 4
-FILLER = (
-    "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.",
-)  # fmt: skip
+FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
 
 def heldout(text: str | None = None, share: float = HELDOUT_SHARE, **_: Any) -> dict[str, Dataset]:

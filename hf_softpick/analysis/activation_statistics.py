@@ -106,7 +106,10 @@ class ActivationStatistics:
         """The statistics as plain values; places are {"row", "position", "channel", "value"}, position in the row."""
         if not self.tokens:
             raise ValueError("no token has been added, so there are no statistics")
-        places = [[_place(entry) for entry in kept] for kept in (self.largest, self.massive_at)]
+        names = ("row", "position", "channel", "value")
+        places = [
+            [dict(zip(names, entry[1:], strict=True)) for entry in kept] for kept in (self.largest, self.massive_at)
+        ]
         return {
             "kurtosis": self.moments.kurtosis(),
             "token_kurtosis": self.token_kurtosis / self.uneven_tokens if self.uneven_tokens else math.nan,
@@ -118,10 +121,6 @@ class ActivationStatistics:
             "massive_at": places[1],
             "largest": places[0][0] if places[0] else None,
         }
-
-
-def _place(entry: tuple[float, int, int, int, float]) -> dict[str, Any]:
-    return dict(zip(("row", "position", "channel", "value"), entry[1:], strict=True))
 
 
 def _extreme(choose: Any, a: float, b: float) -> float:

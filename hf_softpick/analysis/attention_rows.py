@@ -44,7 +44,7 @@ class AttentionRows(NamedTuple):
     """Reductions of the weights w [B, H, T, T]; float32, or float64 where queries or keys are.
 
     mass: [B, H, T], sum_j w_ij. entropy: [B, H, T], of w_i / mass_i in nats; 0 for a row without mass.
-    positive, above: [B, H, T], how many weights exceed 0 and `small`. received: [B, H, T], sum_i w_ij of each key.
+    positive, above: [B, H, T], how many weights exceed 0 and SMALL. received: [B, H, T], sum_i w_ij of each key.
     visible: [B or 1, H or 1, T], keys that each query sees. seen: [B or 1, H or 1, T], queries that see each key.
     tiles, empty_tiles: [2, H], 64 x 64 and 128 x 128 tiles with a visible score, and those among them where no visible
     score is positive.
@@ -62,12 +62,11 @@ class AttentionRows(NamedTuple):
 
 
 @torch.no_grad()
-def attention_rows(call: AttentionCall, real: Tensor | None = None, small: float = SMALL) -> AttentionRows:
+def attention_rows(call: AttentionCall, real: Tensor | None = None) -> AttentionRows:
     """Reduce the weights of one call.
 
     Args:
         real: bool [B, T], False for queries that are padding; their rows count as if they saw nothing.
-        small: threshold of `above`.
 
     Raises:
         ValueError: queries and keys are not of one length (a cache), or the normalizer is unknown.
@@ -90,7 +89,7 @@ def attention_rows(call: AttentionCall, real: Tensor | None = None, small: float
         sinks = None if call.sinks is None else (call.sinks.to(query.dtype) * LOG2E).repeat(batch)[:, None, None]
         scratch: list[Tensor] = []
         for block in layout.blocks(TILE, GPU_ELEMENTS if query.is_cuda else BLOCK_ELEMENTS):
-            reduced = _reduce(layout, query, block, normalizer, call.softcap, sinks, small, scratch)
+            reduced = _reduce(layout, query, block, normalizer, call.softcap, sinks, scratch)
             rows = slice(block.n0, block.n1), slice(block.row0, block.row1)
             keys = slice(block.n0, block.n1), slice(block.key0, block.key1)
             mass[rows], entropy[rows], positive[rows], above[rows] = (part[..., 0] for part in reduced[:4])
@@ -154,7 +153,6 @@ def _reduce(
     normalizer: Normalizer,
     softcap: float | None,
     sinks: Tensor | None,
-    small: float,
     scratch: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """mass, entropy, positive, above [n, R, 1], received [n, W] and the largest score of each tile [n, W / 64]."""
@@ -200,7 +198,7 @@ def _reduce(
     received = torch.bmm(inverse.transpose(1, 2), p)[:, 0]
     nan = 0 * l  # a comparison would turn NaN into a plain zero
     positive = torch.gt(p, 0.0, out=other).sum(-1, keepdim=True) + nan
-    above = torch.gt(p, small * l, out=other).sum(-1, keepdim=True) + nan
+    above = torch.gt(p, SMALL * l, out=other).sum(-1, keepdim=True) + nan
     # Entropy of w / mass: ln(sum p) - sum(p ln p) / sum p, which needs no division of the weights.
     entropy = torch.where(mass == 0, 0.0, (mass.log2() - p_log_p[..., None] / mass) / LOG2E)
     return mass * inverse, entropy, positive, above, received, largest.amax(1)

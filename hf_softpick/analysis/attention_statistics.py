@@ -5,13 +5,13 @@ H heads, n sequences.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_softpick.analysis.attention_rows import AttentionRows
+from hf_softpick.modeling.documents import document_begins, document_positions
 
 SINK_EPSILONS = (0.1, 0.2, 0.3, 0.5)
 SINK_EPSILON = 0.3
@@ -48,36 +48,26 @@ def documents_of(rows: int, length: int, position_ids: Tensor | None, real: Tens
     """Sequences from positions that restart, or one a row.
 
     Args:
-        position_ids: int [B, T]; a sequence begins wherever they do not go up by one.
+        position_ids: int [B or 1, T], read as `documents` reads them.
         real: bool [B, T], False = padding; not together with several documents in a row.
 
     Raises:
         ValueError: both packed documents and padding.
     """
-    begins = torch.zeros(rows, length, dtype=torch.bool, device=device)
-    begins[:, 0] = True
-    if position_ids is not None:
-        restarts = position_ids[:, 1:] - position_ids[:, :-1] != 1
-        if real is not None:
-            restarts = restarts & real[:, 1:] & real[:, :-1]
-            if bool(restarts.any()):
-                raise ValueError(
-                    "rows with padding hold several documents. Leave attention_mask out, or give one document a row."
-                )
-        begins[:, 1:] = restarts
-    if real is not None:
-        begins[:, 0] = False
-        begins |= real & (real.cumsum(-1) == 1)
-    number = begins.flatten().cumsum(0).view(rows, length) - 1
-    count = int(number[-1, -1]) + 1 if length and rows else 0
+    if position_ids is None:
+        position_ids = (torch.ones(rows, length, device=device) if real is None else real).cumsum(-1)
+    begins = document_begins(position_ids, real).expand(rows, -1)
+    if real is not None and bool((begins.sum(-1) > 1).any()):
+        raise ValueError(
+            "rows with padding hold several documents. Leave attention_mask out, or give one document a row."
+        )
     first = begins.flatten().nonzero()[:, 0]
+    count = len(first)
+    number = begins.flatten().cumsum(0).view(rows, length) - 1
     if real is not None:
         number = torch.where(real, number, count)
-    sizes = torch.bincount(number.flatten(), minlength=count + 1)
-    rank = torch.arange(length, device=device).expand(rows, -1) if real is None else real.cumsum(-1) - 1
-    offset = rank.flatten()[first]
-    position = rank - torch.cat([offset, offset.new_zeros(1)])[number]
-    return Documents(number, position, sizes[:count], first)
+    sizes = torch.bincount(number.flatten(), minlength=count)[:count]
+    return Documents(number, document_positions(begins, real), sizes, first)
 
 
 class AttentionStatistics:
@@ -89,8 +79,8 @@ class AttentionStatistics:
 
     def __init__(self, min_sink_tokens: int = MIN_SINK_TOKENS) -> None:
         self.min_sink_tokens = min_sink_tokens
-        self.sums: Tensor | None = None
-        self.tiles: Tensor | None = None
+        self.sums: Tensor | int = 0
+        self.tiles: Tensor | int = 0
         self.sequences: list[Tensor] = []
         self.lengths: list[Tensor] = []
 
@@ -117,10 +107,8 @@ class AttentionStatistics:
             distance,
             seen_rows.expand_as(mass),
         ]
-        sums = torch.stack([part.sum((0, 2)) for part in parts]).cpu()
-        tiles = torch.stack([rows.tiles, rows.empty_tiles]).cpu()
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.tiles = tiles if self.tiles is None else self.tiles + tiles
+        self.sums = self.sums + torch.stack([part.sum((0, 2)) for part in parts]).cpu()
+        self.tiles = self.tiles + torch.stack([rows.tiles, rows.empty_tiles]).cpu()
         self.sequences.append(self._by_sequence(rows, documents, mass).cpu())
         self.lengths.append(documents.length.cpu())
 
@@ -158,19 +146,16 @@ class AttentionStatistics:
 
     def merge(self, other: "AttentionStatistics") -> None:
         """Add what another rank has seen."""
-        if other.sums is None:
-            return
-        self.sums = other.sums if self.sums is None else self.sums + other.sums
-        self.tiles = other.tiles if self.tiles is None else self.tiles + other.tiles
+        self.sums, self.tiles = self.sums + other.sums, self.tiles + other.tiles
         self.sequences += other.sequences
         self.lengths += other.lengths
 
-    def sink_counts(self, epsilons: Sequence[float] = SINK_EPSILONS) -> tuple[Tensor, int]:
-        """How many (sequence, head) exceed epsilon at the first token, the first four, the most attended position:
-        [3, epsilons]; and of how many."""
+    def sink_counts(self) -> tuple[Tensor, int]:
+        """How many (sequence, head) exceed each of SINK_EPSILONS at the first token, the first four, the most attended
+        position: [3, epsilons]; and of how many."""
         sequences, lengths = torch.cat(self.sequences), torch.cat(self.lengths)
         counted = sequences[lengths >= self.min_sink_tokens][:, :3]
-        limits = torch.tensor(epsilons, dtype=torch.float64)
+        limits = torch.tensor(SINK_EPSILONS, dtype=torch.float64)
         exceeds = (counted[..., None] > limits).sum((0, 2)) if len(counted) else torch.zeros(3, len(limits))
         if bool(counted.isnan().any()):
             exceeds = exceeds * math.nan
@@ -191,7 +176,7 @@ class AttentionStatistics:
         - distance: sum_ij w_ij (i - j) / sum_ij w_ij, in tokens.
         - dormant: mean row mass below 0.01 on every sequence.
         """
-        if self.sums is None:
+        if not self.sequences:
             raise ValueError("no batch has been added, so there are no statistics")
         mass, empty, entropy, full, zero, small, visible, distance, rows = self.sums
         tiles, empty_tiles = self.tiles.double()

@@ -2,15 +2,14 @@
 
 A claim is "reproduced", "not reproduced" or "not measured". The last also stands for what these runs cannot decide:
 runs that have hardly learned, a contrast of runs that differ in more than the normalizer, a stale result, or nothing
-there to be better at. The rule
-and its tolerance are part of every row, so that a reader can judge the verdict.
+there to be better at. The rule and its tolerance are part of every row, so that a reader can judge the verdict.
 """
 
 from typing import Any, NamedTuple
 
 from hf_softpick.analysis.comparison import mismatch, undertrained
 from hf_softpick.analysis.report_figures import brief
-from hf_softpick.analysis.run_records import command, finite, lookup, number
+from hf_softpick.analysis.run_records import command, extreme, finite, lookup, number
 
 REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not measured"
 
@@ -49,7 +48,7 @@ def judge(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     weak = [reason for run in sides[:2] if run is not None and (reason := undertrained(run))]
     rows = []
     for claim in (_sink_rate, _sinks_removed, _kurtosis, _maximum, _sparse, _quantization, _training_loss):
-        row = {"sample": None, "trivial": False, **claim(sides)}
+        row = {"verdict": NOT_MEASURED, "sample": None, "trivial": False, **claim(sides)}
         row["figures"] = {label: row["figures"][label] for label in labels if label in row["figures"]}
         if weak and sides.softpick is not None:
             row |= {"verdict": NOT_MEASURED, "trivial": False, "detail": " ".join(weak)}
@@ -85,19 +84,16 @@ def _absent(kind: str, runs: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _figures(runs: list[dict[str, Any] | None], kind: str, paths: dict[str, str]) -> dict[str, dict[str, Any]]:
+def _figures(sides: Sides, paths: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {
-        run["label"]: {name: lookup(run[kind], path) for name, path in paths.items()}
-        for run in runs
-        if run is not None and run[kind] is not None
+        run["label"]: {name: lookup(run["statistics"], path) for name, path in paths.items()}
+        for run in sides[:2]
+        if run is not None and run["statistics"] is not None
     }
 
 
-def _sample(run: dict[str, Any] | None) -> str | None:
-    data = (run or {}).get("statistics") and run["statistics"].get("data")
-    if not data:
-        return None
-    tokens, sequences = finite(data.get("tokens")), finite(data.get("sequences"))
+def _sample(run: dict[str, Any]) -> str | None:
+    tokens, sequences = (finite(lookup(run["statistics"], f"data.{name}")) for name in ("tokens", "sequences"))
     if tokens is None or sequences is None:
         return None
     return f"{tokens:,.0f} tokens in {sequences:,.0f} sequences"
@@ -119,8 +115,7 @@ def _sink_rate(sides: Sides) -> dict[str, Any]:
         "claim": "Softpick has a sink rate of 0",
         "paper": "0% (340M and 1.8B)",
         "rule": f"No attention map of the softpick run gives its first token a mean weight above {SINK_EPSILON}.",
-        "verdict": NOT_MEASURED,
-        "figures": _figures(list(sides[:2]), "statistics", {"sink rate": "summary.sink_rate"}),
+        "figures": _figures(sides, {"sink rate": "summary.sink_rate"}),
     }
     run = sides.softpick
     if run is None:
@@ -133,16 +128,12 @@ def _sink_rate(sides: Sides) -> dict[str, Any]:
     row["sample"] = f"{maps:,} maps, {lookup(run['statistics'], 'data.sink_sequences'):,} sequences"
     if rate == 0:
         detail = f"No map has a sink; a rate below {1 / maps:.2%} would not show."
-        trivial = _softmax_has_no_sink(sides)
+        both = sides.softmax is not None and _absent("statistics", [run, sides.softmax]) is None
+        trivial = both and _sink(sides.softmax) == 0
         if trivial:
             detail += f" It holds trivially: {sides.softmax['label']} has no sink either, so it is no evidence."
         return {**row, "verdict": REPRODUCED, "trivial": trivial, "detail": detail}
     return {**row, "verdict": NOT_REPRODUCED, "detail": f"{rate:.2%} of the maps have a sink."}
-
-
-def _softmax_has_no_sink(sides: Sides) -> bool:
-    runs = [sides.softpick, sides.softmax]
-    return sides.softmax is not None and _absent("statistics", runs) is None and _sink(sides.softmax) == 0
 
 
 def _sinks_removed(sides: Sides) -> dict[str, Any]:
@@ -150,8 +141,7 @@ def _sinks_removed(sides: Sides) -> dict[str, Any]:
         "claim": "Softmax has sinks, softpick removes them",
         "paper": "softpick 0%, sinks with softmax",
         "rule": "The sink rate of the softmax run is above 0, that of the softpick run is 0.",
-        "figures": _figures(list(sides[:2]), "statistics", {"sink rate": "summary.sink_rate"}),
-        "verdict": NOT_MEASURED,
+        "figures": _figures(sides, {"sink rate": "summary.sink_rate"}),
     }
     if reason := _no_contrast(sides, "statistics"):
         return {**row, "detail": reason}
@@ -160,10 +150,10 @@ def _sinks_removed(sides: Sides) -> dict[str, Any]:
     if pick is None or base is None:
         return {**row, "detail": "A sink rate is not a number."}
     if base == 0:
-        more = "" if pick == 0 else f" Softpick shows {pick:.2%}."
-        verdict = NOT_MEASURED if pick == 0 else NOT_REPRODUCED
-        detail = f"Softmax shows no sink either in these runs; there is nothing to remove.{more}"
-        return {**row, "verdict": verdict, "detail": detail}
+        detail = "Softmax shows no sink either in these runs; there is nothing to remove."
+        if pick == 0:
+            return {**row, "detail": detail}
+        return {**row, "verdict": NOT_REPRODUCED, "detail": f"{detail} Softpick shows {pick:.2%}."}
     verdict = REPRODUCED if pick == 0 else NOT_REPRODUCED
     return {**row, "verdict": verdict, "detail": f"Sink rate {base:.2%} with softmax, {pick:.2%} with softpick."}
 
@@ -178,8 +168,7 @@ def _lower(sides: Sides, row: dict[str, Any], pick: float | None, base: float | 
     if pick is None or base is None:
         return {**row, "detail": "A figure is missing or not finite."}
     if base <= 0:
-        detail = f"Softmax's figure is {brief(base)}, so a ratio says nothing."
-        return {**row, "verdict": NOT_MEASURED, "detail": detail}
+        return {**row, "detail": f"Softmax's figure is {brief(base)}, so a ratio says nothing."}
     change = pick / base - 1
     way = "lower" if change < 0 else "higher"
     short = "" if change >= 0 or change <= -LOWER_BY else f", which is less than the {LOWER_BY:.0%} asked for"
@@ -192,8 +181,7 @@ def _kurtosis(sides: Sides) -> dict[str, Any]:
         "claim": "Lower kurtosis of the hidden states",
         "paper": "340 against 33,510 (340M)",
         "rule": f"Mean over layers, at least {LOWER_BY:.0%} below softmax.",
-        "figures": _figures(list(sides[:2]), "statistics", {"kurtosis": "summary.kurtosis"}),
-        "verdict": NOT_MEASURED,
+        "figures": _figures(sides, {"kurtosis": "summary.kurtosis"}),
     }
     if reason := _no_contrast(sides, "statistics"):
         return {**row, "detail": reason}
@@ -202,8 +190,7 @@ def _kurtosis(sides: Sides) -> dict[str, Any]:
 
 def largest(run: dict[str, Any]) -> float | None:
     """The largest absolute hidden value that statistics.json reports."""
-    ends = [number(lookup(run["statistics"], f"summary.hidden_{end}")) for end in ("max", "min")]
-    return None if None in ends else max(map(abs, ends))
+    return extreme(*(lookup(run["statistics"], f"summary.hidden_{end}") for end in ("max", "min")))
 
 
 def _maximum(sides: Sides) -> dict[str, Any]:
@@ -211,18 +198,16 @@ def _maximum(sides: Sides) -> dict[str, Any]:
         "claim": "Lower maximum of the hidden states",
         "paper": "no massive activations",
         "rule": f"Largest absolute value after any block, at least {LOWER_BY:.0%} below softmax.",
-        "figures": _figures(list(sides[:2]), "statistics", {"massive activations": "summary.massive_activations"}),
-        "verdict": NOT_MEASURED,
+        "figures": _figures(sides, {"massive activations": "summary.massive_activations"}),
     }
-    for run in sides[:2]:
-        if run is not None and run["statistics"] is not None:
+    for run in filter(None, sides[:2]):
+        if run["label"] in row["figures"]:
             row["figures"][run["label"]] = {"maximum": largest(run), **row["figures"][run["label"]]}
     if reason := _no_contrast(sides, "statistics"):
         return {**row, "detail": reason}
     row = _lower(sides, row, *(finite(largest(run)) for run in sides[:2]))
-    counts = [lookup(run["statistics"], "summary.massive_activations") for run in (sides.softmax, sides.softpick)]
-    if counts[0] == 0:
-        row["detail"] += " By the usual thresholds neither has massive activations." if counts[1] == 0 else ""
+    if all(lookup(run["statistics"], "summary.massive_activations") == 0 for run in sides[:2]):
+        row["detail"] += " By the usual thresholds neither has massive activations."
     return row
 
 
@@ -231,10 +216,7 @@ def _sparse(sides: Sides) -> dict[str, Any]:
         "claim": "Sparse attention maps",
         "paper": "46.97% (340M, weights up to 1e-5)",
         "rule": f"At least {SPARSE_FROM:.0%} of the visible weights of the softpick run are exactly 0.",
-        "figures": _figures(
-            list(sides[:2]), "statistics", {"exact zeros": "summary.sparsity", "up to 1e-5": "summary.sparsity_small"}
-        ),
-        "verdict": NOT_MEASURED,
+        "figures": _figures(sides, {"exact zeros": "summary.sparsity", "up to 1e-5": "summary.sparsity_small"}),
     }
     run = sides.softpick
     if run is None:
@@ -272,7 +254,6 @@ def _quantization(sides: Sides) -> dict[str, Any]:
             for run in sides[:2]
             if run is not None
         },
-        "verdict": NOT_MEASURED,
     }
     if reason := _no_contrast(sides, "quantization"):
         return {**row, "detail": reason}
@@ -284,9 +265,8 @@ def _quantization(sides: Sides) -> dict[str, Any]:
         pick, base = (number(item[name].get("loss_increase")) for item in (picks, bases))
         # A model whose quantized loss is not finite has lost everything.
         pick, base = (float("inf") if x is not None and x != x else x for x in (pick, base))
-        if pick is None or base is None or pick == base:
-            ties.append(name)
-        elif max(pick, base) <= QUANTIZATION_TIE or abs(pick - base) < QUANTIZATION_TIE:
+        known = pick is not None and base is not None and pick != base
+        if not known or max(pick, base) <= QUANTIZATION_TIE or abs(pick - base) < QUANTIZATION_TIE:
             ties.append(name)
         else:
             (better if pick < base else worse).append(name)
@@ -296,8 +276,8 @@ def _quantization(sides: Sides) -> dict[str, Any]:
     parts = [f"softpick loses {how} in {', '.join(n)}" for how, n in (("less", better), ("more", worse)) if n]
     parts += [f"no difference in {', '.join(ties)}"] if ties else []
     detail = "; ".join(parts)
-    verdict = NOT_REPRODUCED if worse else REPRODUCED
-    return {**row, "verdict": verdict, "detail": f"{detail[0].upper()}{detail[1:]}."}
+    detail = f"{detail[0].upper()}{detail[1:]}."
+    return {**row, "verdict": NOT_REPRODUCED if worse else REPRODUCED, "detail": detail}
 
 
 def _training_loss(sides: Sides) -> dict[str, Any]:
@@ -314,7 +294,6 @@ def _training_loss(sides: Sides) -> dict[str, Any]:
             for run in sides[:2]
             if run is not None and run["curves"] is not None
         },
-        "verdict": NOT_MEASURED,
     }
     if sides.obstacle:
         return {**row, "detail": sides.obstacle}
@@ -323,8 +302,7 @@ def _training_loss(sides: Sides) -> dict[str, Any]:
         return {**row, "detail": "Not both have a metrics.jsonl with finite losses."}
     steps = [run["curves"]["last_step"] for run in sides[:2]]
     if steps[0] != steps[1]:
-        detail = f"They stand at different steps: softpick {steps[0]:,}, softmax {steps[1]:,}."
-        return {**row, "detail": detail}
+        return {**row, "detail": f"They stand at different steps: softpick {steps[0]:,}, softmax {steps[1]:,}."}
     lines = min(run["curves"]["last_train_lines"] for run in sides[:2])
     row["sample"] = f"{lines:,} log line{'' if lines == 1 else 's'}, one seed each"
     if lines < LEAST_LOG_LINES:

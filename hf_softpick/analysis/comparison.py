@@ -29,8 +29,6 @@ NOT_TRAINING = {
     "training.per_device_eval_batch_size",
     "training.logging_nan_inf_filter",
 }
-
-
 NOT_TRAINING_PREFIXES = (
     "run.",
     "eval.",
@@ -39,8 +37,6 @@ NOT_TRAINING_PREFIXES = (
     "training.dataloader_",
     "training.hub_",
 )
-
-
 # What must be equal before figures of two runs are set side by side.
 CONDITIONS = {
     "statistics": (
@@ -156,21 +152,14 @@ def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]
         return len(others(*runs)), scaled(runs[0]) != scaled(runs[1]), without
 
     pairs = sorted(itertools.product(picks, baselines), key=order)
-    if not pairs:
-        first = next((run["label"] for run in picks), None)
-        base = next((run["label"] for run in baselines), None)
-        return {"softpick": first, "softmax": base, "other_differences": [], "unknown": None}
-    pick, baseline = pairs[0]
-    without = [run["label"] for run in (pick, baseline) if run["recipe"] is None]
-    different = others(pick, baseline)
-    if scaled(pick) != scaled(baseline):
-        different.append("scaling of the scores (scaled_)")
-    return {
-        "softpick": pick["label"],
-        "softmax": baseline["label"],
-        "other_differences": different,
-        "unknown": f"no recipe of {' and '.join(without)}" if without else None,
-    }
+    first, base = pairs[0] if pairs else (next(iter(side), {"label": None}) for side in (picks, baselines))
+    found = {"softpick": first["label"], "softmax": base["label"], "other_differences": [], "unknown": None}
+    if pairs:
+        without = [run["label"] for run in (first, base) if run["recipe"] is None]
+        found["unknown"] = f"no recipe of {' and '.join(without)}" if without else None
+        scaling = ["scaling of the scores (scaled_)"] if scaled(first) != scaled(base) else []
+        found["other_differences"] = others(first, base) + scaling
+    return found
 
 
 def mismatch(kind: str, runs: Sequence[dict[str, Any]]) -> str | None:
@@ -197,12 +186,9 @@ def undertrained(run: dict[str, Any]) -> str | None:
 
 
 def _undertrained_warnings(runs: list[dict[str, Any]], pair: dict[str, Any]) -> list[str]:
-    found = []
-    for run in runs:
-        if reason := undertrained(run):
-            judged = pair["softpick"] and run["label"] in (pair["softpick"], pair["softmax"])
-            found.append(f"{reason} No claim is judged." if judged else reason)
-    return found
+    judged = (pair["softpick"], pair["softmax"]) if pair["softpick"] else ()
+    found = [(run["label"] in judged, reason) for run in runs if (reason := undertrained(run))]
+    return [f"{reason} No claim is judged." if matters else reason for matters, reason in found]
 
 
 def equal_groups(keys: Sequence[Hashable | None]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_softpick.analysis.downstream_results import merge
 from hf_softpick.analysis.loading import LoadedModel
 from hf_softpick.errors import CheckpointError, RecipeError
 
@@ -189,7 +190,7 @@ def evaluate_tasks(
             else:
                 batch = {"batch_size": lm.batch_size}  # of this task: a later one may have to halve it
                 result["tasks"] |= {name: batch | task for name, task in summarize(raw, lm).items()}
-                _merge(merged, raw)
+                merged = merge(merged, _serializable(raw))
             result["batch_size"] = lm.batch_size
             after_task(result, merged)
     return result, merged
@@ -274,16 +275,12 @@ def _one_line(error: Exception, unreachable: str | None = None) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def _merge(merged: dict[str, Any], raw: dict[str, Any]) -> None:
-    """Add the results of one more task; keys that hold a mapping by task are joined, the others are the last ones."""
+def _serializable(raw: dict[str, Any]) -> dict[str, Any]:
+    """Results of lm-eval as it writes them, without samples."""
     from lm_eval.utils import handle_non_serializable
 
     raw = {key: value for key, value in raw.items() if key not in ("samples", "pretty_env_info")}
-    for key, value in json.loads(json.dumps(raw, default=handle_non_serializable)).items():
-        if isinstance(value, dict) and key != "config":
-            merged.setdefault(key, {}).update(value)
-        else:
-            merged[key] = value
+    return json.loads(json.dumps(raw, default=handle_non_serializable))
 
 
 def summarize(raw: dict[str, Any], lm: "HFLM") -> dict[str, Any]:

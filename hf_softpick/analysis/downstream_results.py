@@ -1,7 +1,6 @@
 """Results of downstream tasks: several calls in one file, task by task, and tables of them."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +76,19 @@ class Report:
             StorageError: a file cannot be written.
         """
         joined = self.joined(result)
-        merged = dict(self.earlier_lm_eval)
-        for key, value in lm_eval_result.items():
-            merge = isinstance(value, dict) and key != "config" and isinstance(merged.get(key), dict)
-            merged[key] = merged[key] | value if merge else value
-        write_json(self.folder / LM_EVAL, merged)
+        write_json(self.folder / LM_EVAL, merge(self.earlier_lm_eval, lm_eval_result))
         name = self.head["model"]["name"]
         write_text(self.folder / TABLE, format_table({name: joined}) + "\n")
         write_json(self.folder / FILE, self.head | {"seconds": round(seconds, 3)} | joined | {"lm_eval": LM_EVAL})
         return joined
+
+
+def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Results of lm-eval; keys that hold a mapping by task are joined, the others are the later ones."""
+    by_task = [
+        k for k, v in later.items() if k != "config" and isinstance(v, dict) and isinstance(earlier.get(k), dict)
+    ]
+    return earlier | later | {key: earlier[key] | later[key] for key in by_task}
 
 
 def _labelled(task: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -108,14 +111,10 @@ def _difference(old: dict[str, Any], new: dict[str, Any], own: bool) -> str | No
         if key not in (*_PLACE, *_LOADING) and old.get(key) != new.get(key):
             return f"{key} was {old.get(key)} and is {new.get(key)}"
     old_path, new_path = (Path(one.get("path") or "") for one in (old, new))
-    same = old_path.name == new_path.name if own else _same_place(old_path.parts, new_path.parts)
+    # The same folder, as named from another working directory, if one path is the end of the other.
+    shared = 1 if own else min(len(old_path.parts), len(new_path.parts))
+    same = shared > 0 and old_path.parts[-shared:] == new_path.parts[-shared:]
     return None if same else f"path was {old_path} and is {new_path}"
-
-
-def _same_place(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether one path is the end of the other: the same folder, as named from another working directory."""
-    shorter = min(len(one), len(other))
-    return shorter > 0 and one[-shorter:] == other[-shorter:]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,12 +6,14 @@ apart that write no number.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import os.path
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
 from hf_softpick.analysis.loading import LoadedModel
@@ -153,19 +155,18 @@ def _prompts(
     return [[build(depth, sample) for sample in range(samples)] for depth in depths]
 
 
-def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(rows: Iterable[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask, int64 [B, longest]. Padding is id 0, which the mask hides: any id of the vocabulary does."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    ids = [torch.tensor(row, dtype=torch.int64, device=device) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return tuple(pad_sequence(x, batch_first=True, padding_side=side) for x in (ids, masks))
 
 
 @torch.no_grad()
 def generate_answers(loaded: LoadedModel, prompts: Sequence[Prompt], new_tokens: int) -> list[str]:
     """What greedy generation with the KV cache writes after each prompt, decoded."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids, mask = _pad_left([prompt.ids for prompt in prompts], model.device)
+    ids, mask = _padded((prompt.ids for prompt in prompts), "left", model.device)
     greedy = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=tokenizer.eos_token_id
     )
@@ -211,12 +212,12 @@ def candidate_scores(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
     for prompt in prompts:
         texts = [f"{prompt.text} {key}" for key in (prompt.key, *prompt.distractors)]
         whole = [encode(loaded.tokenizer, text, loaded.add_bos) for text in texts]
-        common = _common_prefix([prompt.ids, *whole])
+        common = len(os.path.commonprefix([prompt.ids, *whole]))
         # The last shared token is read with the endings: its output predicts their first token.
         shared.append(whole[0][: common - 1])
         endings.append([ids[common - 1 :] for ids in whole])
     candidates = len(endings[0])
-    ids, mask = _pad_left(shared, device)
+    ids, mask = _padded(shared, "left", device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     # Without the head: a long prompt makes no logits.
     output = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
@@ -229,15 +230,13 @@ def candidate_scores(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
     cache.batch_repeat_interleave(candidates)
 
     rows = [row for group in endings for row in group]
-    longest = max(map(len, rows)) - 1
-    inputs = torch.tensor([row[:-1] + [0] * (longest - len(row) + 1) for row in rows], device=device)
-    targets = torch.tensor([row[1:] + [0] * (longest - len(row) + 1) for row in rows], device=device)
-    real = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row) + 1) for row in rows], device=device)
+    inputs, real = _padded((row[:-1] for row in rows), "right", device)
+    targets, _ = _padded((row[1:] for row in rows), "right", device)
     begin = mask.sum(1).repeat_interleave(candidates)[:, None]
     logits = model(
         input_ids=inputs,
         attention_mask=torch.cat([mask.repeat_interleave(candidates, 0), real], 1),
-        position_ids=begin + torch.arange(longest, device=device),
+        position_ids=begin + torch.arange(inputs.shape[1], device=device),
         past_key_values=cache,
         use_cache=True,
     ).logits
@@ -245,22 +244,13 @@ def candidate_scores(loaded: LoadedModel, prompts: Sequence[Prompt]) -> Tensor:
     return (log_p * real).sum(1).view(len(prompts), candidates)
 
 
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    for index, column in enumerate(zip(*rows, strict=False)):
-        if len(set(column)) > 1:
-            return index
-    return min(map(len, rows))
-
-
 def plot_grid(result: dict[str, Any], path: Path, title: str) -> None:
     """Two heat maps, lengths by depths: what generation writes, and the choice among numbers. PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lengths, depths = result["lengths"], result["depths"]
     size = (2.5 + 1.6 * len(lengths), 2 + 0.5 * len(depths))
     figure = Figure(figsize=(max(size[0], 6), size[1]), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     titles = (f"written ({result['samples']} a cell)", f"chosen (chance {result['choice_chance']:.2g})")
     for axes, key, label in zip(panels, ("accuracy", "choice_accuracy"), titles, strict=True):

@@ -4,6 +4,7 @@ The task is that of Mohtashami and Jaggi (arXiv 2305.16300). Prompts are the sam
 depth, sample and seed; the tokenizer is only read, never extended.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -16,13 +17,7 @@ if TYPE_CHECKING:
 
 DIGITS = 5
 INTRODUCTION = "Find the pass key in this text and remember it."
-FILLER = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
+FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 NEEDLE = "The pass key is {key}. Remember it."
 QUESTION = "What is the pass key? The pass key is"
 
@@ -138,10 +133,8 @@ def _filler(words: int, start: int) -> tuple[Sequence[str], list[int]]:
     """The first `words` words of the sentences from number `start` on, and the places between sentences."""
     filler: list[str] = []
     ends = [0, words]
-    index = start
+    sentences = itertools.islice(itertools.cycle(FILLER), start, None)
     while len(filler) < words:
-        filler += FILLER[index % len(FILLER)].split()
-        index += 1
-        if len(filler) < words:
-            ends.append(len(filler))
+        filler += next(sentences).split()
+        ends.append(min(len(filler), words))
     return filler[:words], ends

@@ -49,7 +49,7 @@ def measure_quantization(
     *,
     batch_size: int = 4,
     evaluate: Callable[[LoadedModel], dict[str, Any]] | None = None,
-    after_each: Callable[[dict[str, Any]], None] | None = None,
+    after_each: Callable[[dict[str, Any]], None] = lambda result: None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Load the model anew in every format and measure its loss on the same rows. One model at a time is in memory.
@@ -91,7 +91,10 @@ def measure_quantization(
         sizes = {layer.in_features for _, layer in _linear_layers(model)}
         group_size = next((size for size in GROUP_SIZES if all(n % size == 0 for n in sizes)), GROUP_SIZES[-1])
         odd_layers = _odd_layers(model.base_model)
-        texts = _texts(loaded, samples_of) if any(item.calibrated and not missing(item) for item in formats) else []
+        texts = []
+        if any(item.calibrated and not missing(item) for item in formats):
+            calibration = samples_of(loaded, True).rows
+            texts = [loaded.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in calibration]
         request = Request(model.dtype, model.device, group_size, loaded.tokenizer, texts)
         del model, loaded
         result = {
@@ -99,23 +102,19 @@ def measure_quantization(
             "baseline": baseline,
             "formats": [],
         }
-        if after_each:
-            after_each(result)
+        after_each(result)
         for item in formats:
             bar.set_description(item.name)
             begin, started = bar.n, time.perf_counter()
-            _free()
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without a GPU
             entry = {"format": item.name, "library": library(item), "bits": item.bits}
-            result["formats"].append(
-                entry
-                | _measure_format(
-                    item, load, request, rows, baseline["loss"], parameters, odd_layers, evaluate, bar.update
-                )
-            )
-            result["formats"][-1]["seconds"] = round(time.perf_counter() - started, 3)
+            entry |= _measure_format(item, load, request, rows, baseline["loss"], parameters, evaluate, bar.update)
+            if entry["status"] == "refused":
+                entry["reason"] += odd_layers
+            result["formats"].append(entry | {"seconds": round(time.perf_counter() - started, 3)})
             bar.update(begin + len(rows) - bar.n)
-            if after_each:
-                after_each(result)
+            after_each(result)
     finally:
         bar.close()
     return result
@@ -128,7 +127,6 @@ def _measure_format(
     rows: Sequence[dict[str, Tensor]],
     baseline: float,
     parameters: int,
-    odd_layers: str,
     evaluate: Callable[[LoadedModel], dict[str, Any]] | None,
     advance: Callable[[int], Any],
 ) -> dict[str, Any]:
@@ -144,7 +142,7 @@ def _measure_format(
         except Exception as error:  # a layer that loads may have no kernel for this device or type
             raise QuantizationRefused(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     except QuantizationRefused as error:
-        return {"status": "refused", "reason": f"{error}{odd_layers}"}
+        return {"status": "refused", "reason": str(error)}
     return {
         "status": "measured",
         "bits_per_weight": 8 * storage.bytes / storage.weights,
@@ -158,9 +156,7 @@ def _measure_format(
 
 
 def token_loss(
-    model: PreTrainedModel,
-    rows: Sequence[dict[str, Tensor]],
-    advance: Callable[[int], Any] | None = None,
+    model: PreTrainedModel, rows: Sequence[dict[str, Tensor]], advance: Callable[[int], Any] = lambda count: None
 ) -> tuple[float, int]:
     """Mean negative log likelihood, nats, over every token of `rows` but the first of a document; and their number.
 
@@ -187,8 +183,7 @@ def token_loss(
             losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
             total += losses.double().sum().cpu()
             count += int((targets != -100).sum())
-            if advance:
-                advance(1)
+            advance(1)
     if not count:
         raise DataError("no document has a second token to predict. Give longer rows or other text.")
     return (total / count).item(), count
@@ -263,17 +258,4 @@ def _odd_layers(model: nn.Module) -> str:
         for name, layer in _linear_layers(model)
         if layer.in_features % _TILE or layer.out_features % _TILE
     ]
-    if not odd:
-        return ""
-    return f" ({len(odd)} layers have sizes that are no multiples of {_TILE}, for instance {odd[0]})"
-
-
-def _texts(loaded: LoadedModel, samples_of: Callable[[LoadedModel, bool], Samples]) -> list[str]:
-    rows = samples_of(loaded, True).rows
-    return [loaded.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return f" ({len(odd)} layers have sizes that are no multiples of {_TILE}, for instance {odd[0]})" if odd else ""

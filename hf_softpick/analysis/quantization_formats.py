@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_softpick.errors import RecipeError, UserError
@@ -57,39 +58,26 @@ class Format(NamedTuple):
     calibrated: bool = False
 
 
-def _bitsandbytes_int8(request: Request) -> Any:
-    from transformers import BitsAndBytesConfig
+def _transformers(name: str, **settings: Any) -> Callable[[Request], Any]:
+    """Makes a config class of transformers; a setting that is a function takes the request."""
 
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _bitsandbytes_nf4(request: Request) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=request.dtype)
-
-
-def _quanto(weights: str) -> Callable[[Request], Any]:
     def config(request: Request) -> Any:
-        from transformers import QuantoConfig
+        import transformers
 
-        return QuantoConfig(weights=weights)
+        known = {key: value(request) if callable(value) else value for key, value in settings.items()}
+        return getattr(transformers, name)(**known)
 
     return config
 
 
-def _torchao_int8(request: Request) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+def _torchao(name: str) -> Callable[[Request], Any]:
+    def config(request: Request) -> Any:
+        from torchao import quantization
+        from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+        return TorchAoConfig(getattr(quantization, name)())
 
-
-def _torchao_int8_dynamic(request: Request) -> Any:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    return config
 
 
 def _torchao_int4(request: Request) -> Any:
@@ -120,32 +108,29 @@ def _hqq(bits: int) -> Callable[["PreTrainedModel", Request], None]:
     return apply
 
 
-def _gptq(request: Request) -> Any:
-    from transformers import GPTQConfig
-
-    return GPTQConfig(bits=4, group_size=request.group_size, dataset=request.texts, tokenizer=request.tokenizer)
-
-
 _BITSANDBYTES = (("bitsandbytes", "accelerate"), "bitsandbytes")
 _QUANTO = (("optimum.quanto", "accelerate"), "optimum-quanto")
 _TORCHAO = (("torchao",), "torchao")
 _HQQ = (("hqq",), "hqq")
+_GPTQ = (("gptqmodel", "optimum.gptq"), "gptqmodel")
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": attrgetter("dtype")}
+_GPTQ_INT4 = {"bits": 4, "dataset": attrgetter("texts")} | {n: attrgetter(n) for n in ("group_size", "tokenizer")}
 
 FORMATS = {
     item.name: item
     for item in (
-        Format("bnb-int8", 8, *_BITSANDBYTES, config=_bitsandbytes_int8),
-        Format("bnb-nf4", 4, *_BITSANDBYTES, config=_bitsandbytes_nf4),
-        Format("quanto-int8", 8, *_QUANTO, config=_quanto("int8")),
-        Format("quanto-int4", 4, *_QUANTO, config=_quanto("int4")),
-        Format("quanto-int2", 2, *_QUANTO, config=_quanto("int2")),
-        Format("torchao-int8", 8, *_TORCHAO, config=_torchao_int8),
-        Format("torchao-int8-dynamic", 8, *_TORCHAO, config=_torchao_int8_dynamic),
+        Format("bnb-int8", 8, *_BITSANDBYTES, config=_transformers("BitsAndBytesConfig", load_in_8bit=True)),
+        Format("bnb-nf4", 4, *_BITSANDBYTES, config=_transformers("BitsAndBytesConfig", **_NF4)),
+        Format("quanto-int8", 8, *_QUANTO, config=_transformers("QuantoConfig", weights="int8")),
+        Format("quanto-int4", 4, *_QUANTO, config=_transformers("QuantoConfig", weights="int4")),
+        Format("quanto-int2", 2, *_QUANTO, config=_transformers("QuantoConfig", weights="int2")),
+        Format("torchao-int8", 8, *_TORCHAO, config=_torchao("Int8WeightOnlyConfig")),
+        Format("torchao-int8-dynamic", 8, *_TORCHAO, config=_torchao("Int8DynamicActivationInt8WeightConfig")),
         Format("torchao-int4", 4, *_TORCHAO, config=_torchao_int4),
         Format("hqq-int8", 8, *_HQQ, apply=_hqq(8)),
         Format("hqq-int4", 4, *_HQQ, apply=_hqq(4)),
         Format("hqq-int2", 2, *_HQQ, apply=_hqq(2)),
-        Format("gptq-int4", 4, ("gptqmodel", "optimum.gptq"), "gptqmodel", config=_gptq, calibrated=True),
+        Format("gptq-int4", 4, *_GPTQ, config=_transformers("GPTQConfig", **_GPTQ_INT4), calibrated=True),
     )
 }
 

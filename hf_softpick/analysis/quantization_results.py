@@ -65,11 +65,9 @@ def plot_quantization(results: dict[str, dict[str, Any]], path: Path) -> None:
         results: by name of the model.
         path: the PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     draw_quantization(results, figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -92,23 +90,17 @@ def draw_quantization(results: dict[str, dict[str, Any]], figure: Any) -> None:
         for entry in result["formats"]:
             if entry["status"] != "measured":
                 continue
-            number = list(FORMATS).index(entry["format"]) if entry["format"] in FORMATS else len(FORMATS)
             if not math.isfinite(entry["loss_increase"]):
                 broken.append(f"{name} {entry['format']}: {entry['loss']}")
                 continue
-            drawn[entry["format"]] = _MARKERS[number]
-            axes.plot(
-                entry["bits_per_weight"],
-                entry["loss_increase"],
-                color=color,
-                marker=_MARKERS[number],
-                linestyle="",
-                alpha=0.7,
-                label=f"{name} {entry['format']}",
-            )
-    handles += [
-        Line2D([], [], color="gray", marker=marker, linestyle="", label=name) for name, marker in drawn.items()
-    ]
+            known = entry["format"] in FORMATS
+            marker = _MARKERS[list(FORMATS).index(entry["format"]) if known else len(FORMATS)]
+            drawn[entry["format"]] = marker
+            style = {"color": color, "marker": marker, "linestyle": "", "alpha": 0.7}
+            label = f"{name} {entry['format']}"
+            axes.plot(entry["bits_per_weight"], entry["loss_increase"], label=label, **style)
+    for name, marker in drawn.items():
+        handles.append(Line2D([], [], color="gray", marker=marker, linestyle="", label=name))
     axes.set(
         xlabel="stored bits a weight, scales included",
         ylabel="increase of the loss, nats a token (dashed: as saved)",

@@ -1,12 +1,12 @@
 """What a report is made of: texts, tables and figures, and how their numbers are written and ranked."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hf_softpick.analysis.comparison import mismatch, ranked_among
 from hf_softpick.analysis.report_figures import brief
-from hf_softpick.analysis.run_records import command, finite, number
+from hf_softpick.analysis.run_records import command, finite, lookup, number
 
 
 class Cell(NamedTuple):
@@ -88,11 +88,21 @@ def value_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def words(value: Any) -> str:
+def words(record: dict[str, Any]) -> str:
     """A small record as text: "length 64, reason ..."."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return str(value)
+    return ", ".join(f"{key} {item}" for key, item in record.items())
+
+
+def readable(name: str) -> str:
+    """A name of JSON in words."""
+    return name.replace("_", " ")
+
+
+def value_rows(
+    names: Iterable[str], records: Sequence[Any], path: str = "{}", show: Callable[[str], str] = readable
+) -> list[list[str]]:
+    """A row for each name with the values of several records; `path` tells where a record has them."""
+    return [[show(name), *(value_text(lookup(record, path.format(name))) for record in records)] for name in names]
 
 
 def visible(token: str) -> str:
@@ -123,16 +133,12 @@ def ranked(
     return [label, *(Cell(show(value), i in best) for i, value in enumerate(values))]
 
 
-def missing(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """Which runs have no such result, and the command that measures it."""
+def notes(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
+    """Which runs have no such result, with the command that measures it; and what forbids ranking the others."""
     without = [run for run in runs if run[kind] is None]
     if without:
         names = ", ".join(run["label"] for run in without)
         yield Text(f"Not measured: {names}. Measure with", code=command(kind, *(run["source"] for run in without)))
-
-
-def flags(kind: str, runs: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """What forbids ranking these results, or some of them."""
     for run in runs:
         if kind in run["stale"]:
             yield Text(f"{run['label']}: {run['stale'][kind]}", "flag")

@@ -6,7 +6,7 @@ that comes from a run goes through `clean` and is escaped.
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 COLOURS = 6
@@ -131,19 +131,10 @@ def line_chart(
             place = f'x="{at_x(mark):.1f}" y="{height - bottom + 16}"'
             parts.append(f'<text class="tick" {place} text-anchor="middle">{_tick(mark)}</text>')
     parts.append(f'<path class="frame" d="M{LEFT} {TOP}V{height - bottom}H{WIDTH - RIGHT}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{height - 6}" text-anchor="middle">{clean(x_label)}</text>')
-    centre = (TOP + height - bottom) / 2
-    parts.append(
-        f'<text class="axis" x="13" y="{centre}" text-anchor="middle" transform="rotate(-90 13 {centre})">'
-        f"{clean(y_label)}</text>"
-    )
+    parts += _axes(((LEFT + WIDTH - RIGHT) / 2, height - 6, x_label), (13, (TOP + height - bottom) / 2, y_label))
     for s in series:
         path = "".join(f"{'L' if i else 'M'}{at_x(x):.1f} {at_y(y):.1f}" for i, (x, y) in enumerate(s.points))
-        dash = DASHES[s.run % COLOURS]
-        style = f' stroke-dasharray="{dash}"' if dash else ""
-        faint = " second" if s.hollow else ""
-        parts.append(f'<path class="line c{s.run % COLOURS}{faint}" d="{path}"{style}/>')
+        parts.append(_path(s.run, path, " second" if s.hollow else ""))
         for i, (x, y) in enumerate(s.points):
             where = clean(x_names[int(x)]) if x_names else f"{clean(x_label)} {brief(x if x % 1 else int(x))}"
             where = f"{clean(s.names[i])}, {where}" if s.names else where
@@ -155,6 +146,12 @@ def line_chart(
     return _svg(title, WIDTH, height, parts, "chart")
 
 
+def _axes(below: tuple[float, float, str], beside: tuple[float, float, str]) -> Iterator[str]:
+    """The names of both axes, each with its place."""
+    for (x, y, label), turn in ((below, ""), (beside, ' transform="rotate(-90 {} {})"')):
+        yield f'<text class="axis" x="{x}" y="{y}" text-anchor="middle"{turn.format(x, y)}>{clean(label)}</text>'
+
+
 def _drawable(y: float, log_y: bool) -> bool:
     return math.isfinite(y) and (y > 0 or not log_y)
 
@@ -164,14 +161,13 @@ def heat_map(
     values: Sequence[Sequence[float | None]],
     row_label: str,
     column_label: str,
-    high: float = 1.0,
     row_names: Sequence[str] | None = None,
     column_names: Sequence[str] | None = None,
     cell: int = 18,
     root: bool = False,
     bars: Sequence[float] | None = None,
 ) -> str:
-    """An SVG of cells whose colour is the value between 0 and `high`; rows may be of unequal length (a triangle).
+    """An SVG of cells whose colour is the value from 0 to 1; rows may be of unequal length (a triangle).
 
     Args:
         root: the colour follows the square root, so that small weights can be seen.
@@ -198,7 +194,7 @@ def heat_map(
             if not math.isfinite(value):
                 parts.append(f'<rect class="bad" {place}>{tip}</rect>')
                 continue
-            parts.append(f'<rect class="heat" {place} fill-opacity="{_opacity(value / high, root)}">{tip}</rect>')
+            parts.append(f'<rect class="heat" {place} fill-opacity="{_opacity(value, root)}">{tip}</rect>')
         if bars is not None and math.isfinite(bars[r]):
             x = left + columns * cell + 8
             length = max(0.0, min(1.0, bars[r])) * 50
@@ -213,12 +209,10 @@ def heat_map(
     every = max(1, math.ceil((11 if turned else 6.2 * longest_column + 4) / cell))
     for c in range(0, columns, every):
         x = left + (c + 0.5) * cell
+        place = f'x="{x:.1f}" y="{end + 13}" text-anchor="middle"'
         if turned:
-            place = (
-                f'x="{x + 3.5:.1f}" y="{end + 6}" transform="rotate(-90 {x + 3.5:.1f} {end + 6})" text-anchor="end"'
-            )
-        else:
-            place = f'x="{x:.1f}" y="{end + 13}" text-anchor="middle"'
+            x, y = f"{x + 3.5:.1f}", end + 6
+            place = f'x="{x}" y="{y}" transform="rotate(-90 {x} {y})" text-anchor="end"'
         parts.append(f'<text class="tick" {place}>{clean(column_names[c])}</text>')
     parts.append(f'<path class="frame" d="M{left} 6V{end}H{left + columns * cell}"/>')
     if bars is not None:
@@ -227,42 +221,37 @@ def heat_map(
         for text, at in (("0", x), ("1", x + 50)):
             parts.append(f'<text class="tick" x="{at}" y="{end + 13}" text-anchor="middle">{text}</text>')
         parts.append(f'<text class="axis" x="{x + 25}" y="{end + 26}" text-anchor="middle">row mass</text>')
-    middle = left + columns * cell / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{height - 4}" text-anchor="middle">{clean(column_label)}</text>')
-    centre = 6 + rows * cell / 2
-    parts.append(
-        f'<text class="axis" x="12" y="{centre}" text-anchor="middle" transform="rotate(-90 12 {centre})">'
-        f"{clean(row_label)}</text>"
-    )
+    parts += _axes((left + columns * cell / 2, height - 4, column_label), (12, 6 + rows * cell / 2, row_label))
     return _svg(title, width, height, parts, "map")
 
 
-def colour_bar(label: str, high: float = 1.0, root: bool = False, percent: bool = False) -> str:
-    """The legend of heat maps: an exact 0, then the scale up to `high`."""
-    parts, steps = [], 20
-    for i in range(steps):
-        value = (i + 0.5) / steps
+def colour_bar(label: str, root: bool = False, percent: bool = False) -> str:
+    """The legend of heat maps: an exact 0, then the scale up to 1."""
+    parts = []
+    for i in range(20):
         place = f'x="{40 + i * 8}" y="4" width="8" height="12"'
-        parts.append(f'<rect class="heat" {place} fill-opacity="{_opacity(value, root)}"/>')
+        parts.append(f'<rect class="heat" {place} fill-opacity="{_opacity((i + 0.5) / 20, root)}"/>')
     parts.append('<rect class="heat zero" x="8" y="4" width="16" height="12" fill-opacity="0"/>')
     parts.append('<text class="tick" x="16" y="29" text-anchor="middle">0</text>')
     for share in (0.0, 0.5, 1.0):
-        value = share * high
-        text = "above 0" if share == 0 else f"{value:.0%}" if percent else brief(value)
+        text = "above 0" if share == 0 else f"{share:.0%}" if percent else brief(share)
         anchor = "start" if share == 0 else "middle" if share < 1 else "end"
         parts.append(f'<text class="tick" x="{40 + share * 160:.0f}" y="29" text-anchor="{anchor}">{text}</text>')
     scale = ", square-root scale" if root else ""
     parts.append(f'<text class="axis" x="8" y="45">{clean(label)}{scale}</text>')
-    return _svg(f"Colour scale: {label}, from 0 to {brief(high)}{scale}", 260, 50, parts, "scale")
+    return _svg(f"Colour scale: {label}, from 0 to 1{scale}", 260, 50, parts, "scale")
 
 
-def legend_mark(run: int, hollow: bool = False) -> str:
+def legend_mark(run: int) -> str:
     """A short line in a run's colour and dash, for legends and table heads."""
+    line = _path(run, "M0 6H28")
+    return f'<svg class="mark" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{line}</svg>'
+
+
+def _path(run: int, path: str, more: str = "") -> str:
     dash = DASHES[run % COLOURS]
     style = f' stroke-dasharray="{dash}"' if dash else ""
-    dot = f'<circle class="dot hollow c{run % COLOURS}" cx="14" cy="6" r="3.5"/>' if hollow else ""
-    line = f'<path class="line c{run % COLOURS}{" second" if hollow else ""}" d="M0 6H28"{style}/>'
-    return f'<svg class="mark" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{line}{dot}</svg>'
+    return f'<path class="line c{run % COLOURS}{more}" d="{path}"{style}/>'
 
 
 def _opacity(share: float, root: bool) -> str:

@@ -20,10 +20,7 @@ def render_html(comparison: dict[str, Any]) -> str:
     parts = sections(comparison)
     links = "".join(f'<li><a href="#{part.name}">{clean(part.title)}</a></li>' for part in parts)
     flags = "".join(f'<p class="flag">{clean(text)}</p>' for text in comparison["warnings"])
-    legend = "".join(
-        f"<li>{legend_mark(i)}{clean(run['label'])}: {clean(run['normalizer'] or 'unknown normalizer')}</li>"
-        for i, run in enumerate(runs)
-    )
+    legend = _legend([f"{run['label']}: {run['normalizer'] or 'unknown normalizer'}" for run in runs])
     body = "\n".join(_section(part, names) for part in parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -50,26 +47,21 @@ def _block(block: Table | Figure | Text, labels: Sequence[str]) -> str:
         return _table(block)
     if isinstance(block, Figure):
         return _figure(block, labels)
-    command = f"<pre><code>{_lines(block.code)}</code></pre>" if block.code else ""
+    code = "\n".join(map(clean, block.code.split("\n")))
+    command = f"<pre><code>{code}</code></pre>" if code else ""
     kind = ' class="flag"' if block.kind else ""
     return f"<p{kind}>{clean(block.text)}</p>{command}"
 
 
-def _lines(text: str) -> str:
-    return "\n".join(clean(line) for line in text.split("\n"))
+def _legend(labels: Sequence[str]) -> str:
+    return "".join(f"<li>{legend_mark(i)}{clean(label)}</li>" for i, label in enumerate(labels))
 
 
 def _figure(figure: Figure, labels: Sequence[str]) -> str:
-    legend = ""
-    if figure.runs:
-        items = "".join(f"<li>{legend_mark(i)}{clean(label)}</li>" for i, label in enumerate(labels))
-        legend = f'<ul class="legend">{items}</ul>'
+    legend = f'<ul class="legend">{_legend(labels)}</ul>' if figure.runs else ""
     drawings = "".join(_drawing(heading, svg) for heading, svg in figure.drawings if svg)
-    scale = figure.scale
-    return (
-        f"<figure><figcaption>{clean(figure.caption)}</figcaption>{legend}"
-        f'<div class="drawings">{drawings}</div>{scale}</figure>'
-    )
+    caption = f"<figcaption>{clean(figure.caption)}</figcaption>"
+    return f'<figure>{caption}{legend}<div class="drawings">{drawings}</div>{figure.scale}</figure>'
 
 
 def _drawing(heading: str, svg: str) -> str:

@@ -5,38 +5,23 @@ from typing import Any
 
 from hf_softpick.analysis.claims import largest
 from hf_softpick.analysis.comparison import comparable
-from hf_softpick.analysis.report_blocks import (
-    Figure,
-    Table,
-    Text,
-    flags,
-    missing,
-    percent,
-    plain_number,
-    ranked,
-    visible,
-)
+from hf_softpick.analysis.report_blocks import Figure, Table, Text, notes, percent, plain_number, ranked, visible
 from hf_softpick.analysis.report_figures import Series, colour_bar, heat_map, line_chart
-from hf_softpick.analysis.run_records import finite, lookup, number
+from hf_softpick.analysis.run_records import extreme, finite, lookup, number
 from hf_softpick.modeling.normalizers import NORMALIZERS
 
 
 def sinks(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     """Sink rate, row mass and what else describes where a head looks."""
-    yield from missing("statistics", runs)
+    yield from notes("statistics", runs)
     measured = [run for run in runs if run["statistics"]]
     if not measured:
         return
-    yield from flags("statistics", runs)
     yield statistics_table("Statistics of the attention", SINK_ROWS, runs)
     for caption, name, title, bar in HEAD_MAPS:
-        drawings = [
-            (run["label"], _layer_map(run, name, f"{title} of {run['label']} by layer and head")) for run in measured
-        ]
-        yield Figure(caption, drawings, bar)
-    yield from _while_training(
-        runs, [("Sink rate", "sink_rate", False), ("Mean weight of the first token", "first_mass", False)]
-    )
+        yield Figure(caption, [(run["label"], _layer_map(run, name, title)) for run in measured], bar)
+    charts = [("Sink rate", "sink_rate", False), ("Mean weight of the first token", "first_mass", False)]
+    yield from _while_training(runs, charts)
 
 
 def _while_training(
@@ -46,22 +31,9 @@ def _while_training(
     drawings = []
     for heading, name, log in charts:
         lines = [Series(run["label"], i, _logged(run, name)) for i, run in enumerate(runs)]
-        lines = [line for line in lines if line.points]
-        if lines:
-            drawings.append(
-                (
-                    heading,
-                    line_chart(
-                        f"{heading} while training",
-                        lines,
-                        "step",
-                        heading.lower(),
-                        log,
-                        from_zero=not log,
-                        dots=True,
-                    ),
-                )
-            )
+        title, axis = f"{heading} while training", heading.lower()
+        if chart := line_chart(title, lines, "step", axis, log, from_zero=not log, dots=True):
+            drawings.append((heading, chart))
     if drawings:
         yield Figure("While training, on the same few rows each time (stats_* in metrics.jsonl).", drawings, runs=True)
 
@@ -134,17 +106,11 @@ def statistics_table(caption: str, rows: Sequence[tuple], runs: list[dict[str, A
 
 
 def _layer_map(run: dict[str, Any], name: str, title: str) -> str:
-    values = [[number(v) for v in layer["heads"][name]] for layer in run["statistics"]["layers"]]
-    rows, columns = len(values), max(map(len, values))
-    return heat_map(
-        title,
-        values,
-        "layer",
-        "head",
-        row_names=[str(layer["layer"]) for layer in run["statistics"]["layers"]],
-        column_names=[str(head) for head in range(columns)],
-        cell=max(8, min(28, 420 // max(rows, columns))),
-    )
+    layers = run["statistics"]["layers"]
+    values = [[number(v) for v in layer["heads"][name]] for layer in layers]
+    cell = max(8, min(28, 420 // max(len(values), *map(len, values))))
+    title = f"{title} of {run['label']} by layer and head"
+    return heat_map(title, values, "layer", "head", [str(layer["layer"]) for layer in layers], cell=cell)
 
 
 def maps(comparison: dict[str, Any]) -> Iterator[Table | Figure | Text]:
@@ -199,11 +165,6 @@ def _by_layer(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]
     ]
 
 
-def _extreme(layer: dict[str, Any]) -> float | None:
-    ends = [number(layer["hidden"].get(end)) for end in ("max", "min")]
-    return None if None in ends else max(map(abs, ends))
-
-
 def _mean_heads(name: str) -> Callable[[dict[str, Any]], float | None]:
     def mean(layer: dict[str, Any]) -> float | None:
         values = [v for v in map(finite, layer["heads"].get(name, [])) if v is not None]
@@ -222,24 +183,17 @@ def _layer_table(caption: str, names: Sequence[str], series: Sequence[Sequence[S
 
 def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     """Maximum and kurtosis of the hidden states by layer."""
-    yield from missing("statistics", runs)
+    yield from notes("statistics", runs)
     if not any(run["statistics"] for run in runs):
         return
-    yield from flags("statistics", runs)
     yield statistics_table("Statistics of the hidden states after each block", HIDDEN_ROWS, runs)
-    largest_lines = _by_layer(runs, _extreme)
+    largest_lines = _by_layer(runs, lambda layer: extreme(*map(layer["hidden"].get, ("max", "min"))))
     kurtosis = _by_layer(runs, lambda layer: layer["hidden"].get("kurtosis"))
-    yield Figure(
-        "Hidden states after each block, by layer, on logarithmic axes.",
-        [
-            (
-                "Largest absolute value",
-                line_chart("Largest hidden value", largest_lines, "layer", "largest |h|", True, dots=True),
-            ),
-            ("Kurtosis", line_chart("Kurtosis of hidden states", kurtosis, "layer", "kurtosis", True, dots=True)),
-        ],
-        runs=True,
-    )
+    chart = line_chart("Largest hidden value", largest_lines, "layer", "largest |h|", True, dots=True)
+    drawings = [("Largest absolute value", chart)]
+    chart = line_chart("Kurtosis of hidden states", kurtosis, "layer", "kurtosis", True, dots=True)
+    drawings.append(("Kurtosis", chart))
+    yield Figure("Hidden states after each block, by layer, on logarithmic axes.", drawings, runs=True)
     yield from _while_training(runs, [("Largest absolute value", None, True), ("Kurtosis", "kurtosis", True)])
     rows = []
     for run in runs:
@@ -261,10 +215,9 @@ def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
 
 def sparsity(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     """Zeros and small weights by layer."""
-    yield from missing("statistics", runs)
+    yield from notes("statistics", runs)
     if not any(run["statistics"] for run in runs):
         return
-    yield from flags("statistics", runs)
     yield statistics_table("Sparsity, mean over layers and heads", SPARSITY_ROWS, runs)
     exact, small = _by_layer(runs, _mean_heads("sparsity")), _by_layer(runs, _mean_heads("sparsity_small"))
     tiles = _by_layer(runs, _mean_heads("empty_tiles_64"))

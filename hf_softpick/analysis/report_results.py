@@ -12,10 +12,9 @@ from hf_softpick.analysis.report_blocks import (
     Figure,
     Table,
     Text,
-    flags,
     increase,
     loss,
-    missing,
+    notes,
     percent,
     plain_number,
     ranked,
@@ -50,29 +49,24 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     conditions = [_condition(run) for run in runs]
     groups = equal_groups(conditions)
     if obstacle := _unequal(runs):
-        among = "; ".join(" and ".join(runs[i]["label"] for i in group) for group in groups)
-        marked = f"losses are marked only among {among}" if among else "no loss is marked"
-        yield Text(f"The runs {obstacle}, so {marked}.", "flag")
+        yield _marked(f"The runs {obstacle}", "losses are", "loss is", groups, runs)
     # Recipes may differ in how many rows they validate on.
     validated = equal_groups([c and (c, v.get("eval_tokens")) for c, v in zip(conditions, values, strict=True)])
-    rows = [
-        ranked(
-            "Training loss, mean of the last tenth", [v.get("last_train_loss") for v in values], "lower", loss, groups
-        ),
-        ranked("  its log lines", [v.get("last_train_lines") for v in values], None, plain_number),
-        ranked("  their standard deviation", [v.get("last_train_deviation") for v in values], None, loss),
-        ranked("Validation loss, last", [v.get("last_eval_loss") for v in values], "lower", loss, validated),
-        ranked("  its tokens", [v.get("eval_tokens") for v in values], None, plain_number),
-        ranked("Steps", [v.get("last_step") for v in values], None, plain_number),
-        ranked("Tokens seen", [v.get("tokens_seen") for v in values], None, plain_number),
-    ]
+    quantities = (
+        ("Training loss, mean of the last tenth", "last_train_loss", "lower", loss, groups),
+        ("  its log lines", "last_train_lines", None, plain_number),
+        ("  their standard deviation", "last_train_deviation", None, loss),
+        ("Validation loss, last", "last_eval_loss", "lower", loss, validated),
+        ("  its tokens", "eval_tokens", None, plain_number),
+        ("Steps", "last_step", None, plain_number),
+        ("Tokens seen", "tokens_seen", None, plain_number),
+    )
+    rows = [ranked(title, [v.get(key) for v in values], *rest) for title, key, *rest in quantities]
     yield Table("Loss in nats per token", ["", *(run["label"] for run in runs)], rows)
     machines = [_machine(run) for run in runs]
     alike = equal_groups([machine or None for machine in machines])
     if len(set(machines)) > 1 or not machines[0]:
-        among = "; ".join(" and ".join(runs[i]["label"] for i in group) for group in alike)
-        marked = f"throughput is marked only among {among}" if among else "no throughput is marked"
-        yield Text(f"The runs were trained on different or unknown hardware, so {marked}.", "flag")
+        yield _marked("The runs were trained on different or unknown hardware", *["throughput is"] * 2, alike, runs)
     alike = [group for group in alike if _apart([values[i] for i in group])]
     rows = [
         ranked("Tokens per second, median", [v.get("tokens_per_second") for v in values], "higher", _whole, alike),
@@ -83,6 +77,12 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     ]
     caption = "Throughput over the log lines, the first left out; marked where the percentiles do not overlap"
     yield Table(caption, ["", *(run["label"] for run in runs)], rows)
+
+
+def _marked(why: str, many: str, none: str, groups: list[list[int]], runs: Sequence[dict[str, Any]]) -> Text:
+    """Among which runs values are ranked nevertheless."""
+    among = "; ".join(" and ".join(runs[i]["label"] for i in group) for group in groups)
+    return Text(f"{why}, so {f'{many} marked only among {among}' if among else f'no {none} marked'}.", "flag")
 
 
 def _unequal(runs: Sequence[dict[str, Any]]) -> str | None:
@@ -121,17 +121,15 @@ def _machine(run: dict[str, Any]) -> str:
     launch = run["environment"]
     if not launch:
         return ""
-    gpus = launch.get("gpus") or []
-    names = ", ".join(str(g.get("name", g) if isinstance(g, dict) else g) for g in gpus)
+    names = ", ".join(map(str, launch.get("gpus") or []))
     return f"{names or str(launch.get('cpus')) + ' CPUs'}, processes: {launch.get('processes')}"
 
 
 def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     """Loss increase by format, from many bits to few."""
-    yield from missing("quantization", runs)
+    yield from notes("quantization", runs)
     if not any(run["quantization"] for run in runs):
         return
-    yield from flags("quantization", runs)
     measured = [measured_formats(run) for run in runs]
     stored = [{name: finite(item.get("bits_per_weight")) for name, item in found.items()} for found in measured]
     bits = {name: finite(item.get("bits")) or 0 for found in measured for name, item in found.items()}
@@ -165,12 +163,10 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     groups, tie = comparable("quantization", runs), QUANTIZATION_TIE
     baseline = [lookup(run["quantization"], "baseline.loss") for run in runs]
     rows: list[Sequence[str | Cell]] = [ranked("unquantized: loss", baseline, "lower", loss, groups, tie)]
-    for name in order:
-        values = [f.get(name, {}).get("loss_increase") for f in measured]
-        rows.append(ranked(f"{name}: loss increase", values, "lower", increase, groups, tie))
-    for name in order:
-        values = [f.get(name, {}).get("loss") for f in measured]
-        rows.append(ranked(f"{name}: loss", values, "lower", loss, groups, tie))
+    for title, key, show in (("loss increase", "loss_increase", increase), ("loss", "loss", loss)):
+        for name in order:
+            values = [f.get(name, {}).get(key) for f in measured]
+            rows.append(ranked(f"{name}: {title}", values, "lower", show, groups, tie))
     for name, reasons in _unmeasured_formats(runs).items():
         rows.append([name, *reasons])
     caption = f"Loss in nats per token; a side is marked if it leads by more than {tie}"
@@ -200,10 +196,9 @@ def _unmeasured_formats(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     """Tasks of lm-eval."""
-    yield from missing("downstream", runs)
+    yield from notes("downstream", runs)
     if not any(run["downstream"] for run in runs):
         return
-    yield from flags("downstream", runs)
     limits = {run["label"]: limit for run in runs if (limit := lookup(run["downstream"], "limit")) is not None}
     if limits:
         shown = ", ".join(f"{label} {limit}" for label, limit in limits.items())
@@ -251,22 +246,18 @@ def _task_row(label: str, metric: str, results: list[dict[str, Any]], groups: li
     return [label, count, *(Cell(text, i in best) for i, text in enumerate(texts))]
 
 
-GRIDS = (
-    ("accuracy", "Share of keys written out"),
-    ("choice_accuracy", "Share of keys preferred among distractors"),
-)
+GRIDS = (("accuracy", "Share of keys written out"), ("choice_accuracy", "Share of keys preferred among distractors"))
 
 
 def passkey(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     """Share of keys retrieved by length and depth."""
-    yield from missing("passkey", runs)
+    yield from notes("passkey", runs)
     measured = [run for run in runs if run["passkey"]]
     if not measured:
         return
-    yield from flags("passkey", runs)
     for run in measured:
         for refused in run["passkey"].get("refused") or []:
-            yield Text(f"{run['label']} refused: {refused if isinstance(refused, str) else words(refused)}.")
+            yield Text(f"{run['label']} refused: {words(refused)}.")
     samples = ", ".join(f"{run['label']} {run['passkey']['samples']}" for run in measured)
     captions = {grid: f"{title}. Prompts per cell: {samples}." for grid, title in GRIDS}
     if chances := {percent(chance) for run in measured if (chance := finite(run["passkey"].get("choice_chance")))}:
@@ -292,4 +283,4 @@ def _grid(run: dict[str, Any], grid: str, title: str) -> str:
     values = [[number(v) for v in row] for row in record[grid]]
     lengths, depths = [f"{n:,}" for n in record["lengths"]], [f"{depth:.0%}" for depth in record["depths"]]
     title = f"{title}, {run['label']}, by length and depth"
-    return heat_map(title, values, "tokens", "depth of the key", 1.0, lengths, depths, 34)
+    return heat_map(title, values, "tokens", "depth of the key", lengths, depths, 34)

@@ -13,12 +13,13 @@ from hf_softpick.analysis.report_blocks import (
     loss,
     percent,
     plain_number,
+    value_rows,
     value_text,
     words,
 )
 from hf_softpick.analysis.report_inside import activations, maps, sinks, sparsity
 from hf_softpick.analysis.report_results import downstream, passkey, quantization, training
-from hf_softpick.analysis.run_records import COMMANDS, lookup
+from hf_softpick.analysis.run_records import COMMANDS
 
 
 def headline(comparison: dict[str, Any]) -> str:
@@ -110,13 +111,10 @@ def _recipes(comparison: dict[str, Any]) -> Iterator[Table | Text]:
     elif len(without) < len(runs) - 1:
         yield Text("The recipes do not differ.")
     fields = ("normalizer", "architecture", "layers", "heads", "key_heads", "hidden_size", "vocab_size", "parameters")
-    rows = [[name.replace("_", " "), *(value_text(run["model"].get(name)) for run in runs)] for name in fields]
-    for name in ("commit", "strategy", "platform"):
-        rows.append([name, *(value_text((run["environment"] or {}).get(name)) for run in runs)])
-    for name in ("torch", "transformers", "hf_softpick"):
-        rows.append(
-            [f"{name} (training)", *(value_text(lookup(run["environment"], f"versions.{name}")) for run in runs)]
-        )
+    launches = [run["environment"] for run in runs]
+    rows = value_rows(fields, [run["model"] for run in runs])
+    rows += value_rows(("commit", "strategy", "platform"), launches)
+    rows += value_rows(("torch", "transformers", "hf_softpick"), launches, "versions.{}", "{} (training)".format)
     yield Table("Models and where they were trained", ["", *(run["label"] for run in runs)], rows)
 
 
@@ -126,34 +124,22 @@ def _method(comparison: dict[str, Any]) -> Iterator[Table | Text]:
         measured = [run for run in runs if run[kind]]
         if not measured:
             continue
-        names = dict.fromkeys(
-            name
-            for run in measured
-            for name, v in (run[kind].get("data") or {}).items()
-            if not isinstance(v, (dict, list))
-        )
-        rows = [
-            [name.replace("_", " "), *(value_text((r[kind].get("data") or {}).get(name)) for r in measured)]
-            for name in names
-        ]
+        records = [run[kind] for run in measured]
+        data = [(record.get("data") or {}).items() for record in records]
+        names = dict.fromkeys(name for items in data for name, v in items if not isinstance(v, (dict, list)))
+        rows = value_rows(names, records, "data.{}")
         if kind == "downstream":
-            counts = [
-                {t: f.get("samples") or "not measured" for t, f in r[kind].get("tasks", {}).items()} for r in measured
-            ]
-            rows.append(["samples", *(words(c) for c in counts)])
-            cut = [
-                {t: f["truncated_prompts"] for t, f in r[kind].get("tasks", {}).items() if f.get("truncated_prompts")}
-                for r in measured
-            ]
+            tasks = [record.get("tasks", {}).items() for record in records]
+            counts = [{name: task.get("samples") or "not measured" for name, task in items} for items in tasks]
+            rows.append(["samples", *map(words, counts)])
+            cut = [{name: n for name, task in items if (n := task.get("truncated_prompts"))} for items in tasks]
             rows.append(["prompts that lost their beginning", *(words(c) if c else "none" for c in cut)])
-            rows.append(["limit", *(value_text(r[kind].get("limit")) for r in measured)])
+            rows += value_rows(["limit"], records)
         if kind == "passkey":
-            rows.append(["samples per cell", *(value_text(r[kind].get("samples")) for r in measured)])
-        for name in ("dtype", "attn_implementation", "trained_steps", "add_bos"):
-            rows.append([name.replace("_", " "), *(value_text(lookup(r[kind], f"model.{name}")) for r in measured)])
-        rows.append(["seconds", *(plain_number(r[kind].get("seconds")) for r in measured)])
-        for name in ("hf_softpick", "torch", "transformers"):
-            rows.append([name, *(value_text(lookup(r[kind], f"versions.{name}")) for r in measured)])
+            rows.append(["samples per cell", *(value_text(record.get("samples")) for record in records)])
+        rows += value_rows(("dtype", "attn_implementation", "trained_steps", "add_bos"), records, "model.{}")
+        rows.append(["seconds", *(plain_number(record.get("seconds")) for record in records)])
+        rows += value_rows(("hf_softpick", "torch", "transformers"), records, "versions.{}", str)
         yield Table(f"{kind.capitalize()}: sample and conditions", ["", *(run["label"] for run in measured)], rows)
     texts = {run["attention_maps"]["text"] for run in runs if run.get("attention_maps")}
     for text in texts:

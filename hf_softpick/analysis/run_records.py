@@ -12,16 +12,13 @@ from hf_softpick.errors import CheckpointError, DataError
 from hf_softpick.files import read_json_lines, read_object
 from hf_softpick.modeling.normalizers import NORMALIZERS
 
-KINDS = ("statistics", "downstream", "passkey", "quantization")
-
-
 COMMANDS = {
     "statistics": "python eval/activations.py",
     "downstream": "python eval/downstream.py",
     "passkey": "python eval/passkey.py",
     "quantization": "python eval/quantization.py",
 }
-
+KINDS = tuple(COMMANDS)
 
 MAX_POINTS = 400
 # Of what `eval.statistics` logs while a model trains, as stats_NAME.
@@ -50,6 +47,12 @@ def finite(value: Any) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def extreme(*values: Any) -> float | None:
+    """The largest size among `values`; None if one is no number."""
+    numbers = [number(value) for value in values]
+    return None if None in numbers else max(map(abs, numbers))
+
+
 def lookup(record: Any, path: str) -> Any:
     """`record["a"]["b"]` for the path "a.b"; None where a part is missing."""
     for part in path.split("."):
@@ -71,7 +74,8 @@ def gather_run(source: str | Path, results: Path | None = None) -> dict[str, Any
     finished = read_json(folder / "finished.json") if folder else None
     report = folder / "report" if folder else Path("report") / name
     places = [*([Path(results) / name] if results else []), report]
-    found = {kind: _first_file(kind, places) for kind in KINDS}
+    files = {kind: [place / f"{kind}.json" for place in places] for kind in KINDS}
+    found = {kind: next(filter(Path.is_file, paths), None) for kind, paths in files.items()}
     records = {kind: read_json(file) if file else None for kind, file in found.items()}
     run = {
         "name": name,
@@ -81,7 +85,7 @@ def gather_run(source: str | Path, results: Path | None = None) -> dict[str, Any
         "has_model": path is not None,
         "recipe": read_recipe(folder / "recipe.yaml") if folder else None,
         "finished": finished,
-        "environment": _last_launch(folder),
+        "environment": (launches(folder / "environment.json") or [None])[-1] if folder else None,
         "curves": curves(read_metrics(folder / "metrics.jsonl")) if folder else None,
         **records,
         "files": {kind: str(file) if file else None for kind, file in found.items()},
@@ -213,14 +217,6 @@ def launches(path: Path) -> list[dict[str, Any]]:
     """The launches of a run that environment.json holds, oldest first; [] where it cannot be read."""
     found = read_object(path).get("launches")
     return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
-
-
-def _first_file(kind: str, places: list[Path]) -> Path | None:
-    return next((place / f"{kind}.json" for place in places if (place / f"{kind}.json").is_file()), None)
-
-
-def _last_launch(folder: Path | None) -> dict[str, Any] | None:
-    return (launches(folder / "environment.json") or [None])[-1] if folder else None
 
 
 def _model(run: dict[str, Any], path: str | None) -> dict[str, Any]:

@@ -232,34 +232,28 @@ def _pieces(
 
     First the beginnings of all documents; only then later parts.
     """
-    step = seq_len - (bos is not None)
     head = np.array([] if bos is None else [bos], np.int64)
+    step = seq_len - len(head)
     pieces: list[tuple[int, np.ndarray]] = []
     later: list[tuple[int, np.ndarray]] = []
     missing = tokens
+
+    def cut(number: int, ids: np.ndarray) -> np.ndarray:
+        """Make a piece of the beginning, unless it has no target; returns the rest."""
+        nonlocal missing
+        piece = np.concatenate([head, ids[:step]])
+        if len(ids) and len(piece) >= _MIN_TOKENS:
+            pieces.append((number, piece))
+            missing -= len(piece)
+        return ids[step:]
+
     for number, (ids, is_start) in enumerate(documents):
         if missing <= 0:
             break
-        if is_start:
-            missing -= _add(pieces, number, head, ids[:step])
-            ids = ids[step:]
-        if len(ids):
-            later.append((number, ids))
-    while later and missing > 0:
-        for number, ids in later:
-            if missing <= 0:
-                break
-            missing -= _add(pieces, number, head, ids[:step])
-        later = [(number, ids[step:]) for number, ids in later if len(ids) > step]
+        later.append((number, cut(number, ids) if is_start else ids))
+    while missing > 0 and (later := [(number, ids) for number, ids in later if len(ids)]):
+        later = [(number, cut(number, ids) if missing > 0 else ids) for number, ids in later]
     return pieces
-
-
-def _add(pieces: list[tuple[int, np.ndarray]], number: int, head: np.ndarray, ids: np.ndarray) -> int:
-    """Append a piece unless it has no target; returns its tokens."""
-    if len(head) + len(ids) < _MIN_TOKENS or not len(ids):
-        return 0
-    pieces.append((number, np.concatenate([head, ids])))
-    return len(pieces[-1][1])
 
 
 def _rows(pieces: Sequence[tuple[int, np.ndarray]], seq_len: int, count: int) -> tuple[list[dict[str, Tensor]], int]:

@@ -16,7 +16,6 @@ from hf_softpick.analysis.attention_statistics import (
     SINK_EPSILON,
     SINK_EPSILONS,
     AttentionStatistics,
-    Documents,
     documents_of,
 )
 from hf_softpick.analysis.watching import PARTS, decoder_blocks, watch
@@ -103,9 +102,6 @@ class ModelStatistics:
                 f"attention of layer {layer} was seen {calls[layer]} times in one forward pass of "
                 f"{type(model).__name__}, expected once: it does not go through transformers' attention interface."
             )
-        self._count(documents, ids)
-
-    def _count(self, documents: Documents, ids: Tensor) -> None:
         self.rows += ids.shape[0]
         self.row_length = max(self.row_length, ids.shape[1])
         self.sequences += documents.count
@@ -136,12 +132,12 @@ class ModelStatistics:
 
     def nonfinite(self) -> list[dict[str, Any]]:
         """Layers and parts with NaN or Inf, in the order of the forward pass."""
-        found = []
-        for layer, parts in enumerate(self.outputs):
-            for part in ("attention", "mlp", "hidden"):
-                if parts[part].nonfinite:
-                    found.append({"layer": layer, "where": part, "count": parts[part].nonfinite})
-        return found
+        return [
+            {"layer": layer, "where": part, "count": parts[part].nonfinite}
+            for layer, parts in enumerate(self.outputs)
+            for part in ("attention", "mlp", "hidden")
+            if parts[part].nonfinite
+        ]
 
     def summary(self) -> dict[str, float]:
         """The scalars: means over layers and heads, extremes over layers, counts over the model."""

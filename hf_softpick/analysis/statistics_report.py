@@ -52,11 +52,9 @@ def plot_statistics(result: dict[str, Any], path: Path) -> None:
         result: the content of statistics.json.
     """
     # Slow to import, and needed once.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     layers = result["layers"]
     axes = figure.subplots(2, 3)
     maps = (

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_softpick.analysis.attention_rows import AttentionCall
@@ -81,7 +81,6 @@ def watch(
     """
     blocks = decoder_blocks(model)
     current: list[int] = []
-    handles = []
 
     def enter(index: int) -> Callable:
         return lambda module, arguments: current.append(index)
@@ -99,27 +98,15 @@ def watch(
 
         return hook
 
-    for index, block in enumerate(blocks):
-        handles.append(block.attention.register_forward_pre_hook(enter(index)))
-        for part, module in zip(PARTS, block, strict=True):
-            if module is not None:
-                handles.append(module.register_forward_hook(leave(index, part)))
-
-    def report(call: AttentionCall) -> None:
-        on_attention(current[-1], call)
-
-    try:
-        with contextlib.ExitStack() as stack:
-            for name in {attention_of(_config(block.attention, model)) for block in blocks}:
-                stack.enter_context(_registered(name, report, current))
-            yield blocks
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _config(attention: nn.Module, model: PreTrainedModel) -> PreTrainedConfig:
-    return getattr(attention, "config", model.config)
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.callback(block.attention.register_forward_pre_hook(enter(index)).remove)
+            for part, module in zip(PARTS, block, strict=True):
+                if module is not None:
+                    stack.callback(module.register_forward_hook(leave(index, part)).remove)
+        for name in {attention_of(getattr(block.attention, "config", model.config)) for block in blocks}:
+            stack.enter_context(_registered(name, lambda call: on_attention(current[-1], call), current))
+        yield blocks
 
 
 @contextlib.contextmanager
@@ -160,7 +147,6 @@ def read_call(
     causal = kwargs.get("is_causal")
     if not (causal if causal is not None else getattr(module, "is_causal", True)):
         raise ValueError(f"{name} is not causal; statistics are defined for causal attention.")
-    scale = kwargs.get("scaling")
     sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     if implementation in NORMALIZERS or implementation in REGISTERED:
         normalizer, _ = what_is_computed(module, implementation)
@@ -169,21 +155,20 @@ def read_call(
     else:
         normalizer = getattr(getattr(module, "config", None), "normalizer", "softmax")
         visible = _read_mask(name, implementation, query, key, mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
     return AttentionCall(query, key, visible, scale, normalizer, kwargs.get("softcap"), sinks)
 
 
 def _read_mask(name: str, implementation: str, query: Tensor, key: Tensor, mask: Any) -> VisibleKeys | Tensor:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
-        raise ValueError(
-            f"{name} gets another mask than [B, 1 or H, T, S]. Load the model with attn_implementation='sdpa'."
-        )
+    refused = None
     if mask is None and "flash" in implementation:
-        raise ValueError(
-            f"{name} keeps documents apart by arguments of its own. Load the model with attn_implementation='sdpa'."
-        )
-    if mask is None:
+        refused = "keeps documents apart by arguments of its own"
+    elif mask is None:
         return VisibleKeys()
+    elif not isinstance(mask, Tensor) or mask.ndim != 4:
+        refused = "gets another mask than [B, 1 or H, T, S]"
+    if refused:
+        raise ValueError(f"{name} {refused}. Load the model with attn_implementation='sdpa'.")
     if mask.dtype == torch.bool:
         return check_mask(mask, query.shape[2], key.shape[2])
     # What softmax turns into exactly 0 is hidden; any other value would be a bias on the scores.
