@@ -79,8 +79,9 @@ class SoftpickTrainer(HookedTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices alone decay: norms, biases and per-head scales have one dimension, also when ZeRO-3 hides it."""
         named = model.named_parameters(remove_duplicate=False)  # tied weights go by both names
-        shapes = {name: compat.whole_shape(p) for name, p in named}
-        return [name for name in super().get_decay_parameter_names(model) if len(shapes[name]) >= 2]
+        matrices = {name for name, p in named if len(compat.whole_shape(p)) >= 2}
+        # The base class names what a module has registered, also a parameter that is None.
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """As the base class; remembers what the recipe says of its groups, which a checkpoint overwrites."""
