@@ -1,7 +1,8 @@
 """Where the documents of packed rows begin: the one rule, which everything that packs, masks or counts asks.
 
-A token begins a document where its position is not one more than that of the real token before it in its row. Legend:
-B rows, T tokens of a row.
+A token begins a document where its position is not one more than that of the real token before it in its row, nor as
+many more as columns lie between them: models that are told no positions count columns, padding too. Legend: B rows,
+T tokens of a row.
 """
 
 from typing import Any
@@ -25,7 +26,8 @@ def document_begins(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
     last = running_max(torch.where(real, index, -1)).roll(1, -1)  # column of the real token before
     last = torch.where(index == 0, -1, last)
     position_ids = position_ids.expand(real.shape[0], -1)
-    return real & ((last < 0) | (position_ids - position_ids.gather(1, last.clamp_min(0)) != 1))
+    step = position_ids - position_ids.gather(1, last.clamp_min(0))
+    return real & ((last < 0) | ((step != 1) & (step != index - last)))
 
 
 def document_positions(begins: Tensor, real: Tensor | None = None) -> Tensor:

@@ -124,9 +124,9 @@ def test_any_position_ids_mean_what_is_documented(positions, offset, data):
         query = offset + i
         if not real[query]:
             continue
-        if previous is not None and position != previous + 1:
+        if previous is not None and position - previous[0] not in (1, i - previous[1]):
             start = query
-        previous = position
+        previous = position, i
         before = [key for key in range(query) if real[key]]
         reach = before[max(len(before) - position, 0) :] + [query]
         expected = [key for key in reach if key >= start]
