@@ -100,11 +100,9 @@ def source_of(row: Row) -> ASTSource:
     exact = dtype != "fp32" or family == "gfx9" or (dim > 128 and kernel.startswith("d") and kernel != "decode")
     constants["PRECISION"] = "ieee" if exact else "tf32x3"
     absent = [] if masks else ["keys", "mask"]
-    absent += {"forward": ["total"], "dkv": ["dq"]}.get(kernel, [])
-    pointers = dict.fromkeys(("q", "k", "v", "grad", "out", "dq", "dk", "dv"), dtype)
-    pointers.update(
-        dict.fromkeys(("level", "total", "lse", "delta", "floor"), "fp32"), bounds="i32", start="i64", end="i64"
-    )
+    absent += {"forward": ["part_l"], "dkv": ["dq"]}.get(kernel, [])
+    pointers = dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), dtype)
+    pointers.update(dict.fromkeys(("m", "part_l", "lse", "delta", "inv"), "fp32"), bounds="i32", start="i64", end="i64")
     pointers.update(keys="u8", mask="u8")
     if kernel in ("decode", "dkv_fast"):
         pointers.update(out="fp32", dq="fp32")

@@ -1,7 +1,7 @@
 """Gradients of attention: two deterministic kernels, or one pass that adds dq with atomics.
 
-Derivation in the README of the kernel. With L the log2 denominator of a row, e = 2^(x - L) and delta = <o, do>,
-dx = e * (dp - delta) where x > 0 and e * delta elsewhere; w = relu(e - 2^-L) needs no division.
+Derivation in the README of the kernel. With lse the log2 denominator of a row, e = 2^(x - lse) and delta = <o, do>,
+dx = e * (dp - delta) where x > 0 and e * delta elsewhere; w = relu(e - inv), inv = 2^-lse, needs no division.
 """
 
 from typing import Optional, Tuple
@@ -28,7 +28,7 @@ from .visibility import Visible
 
 _INTEGERS = [
     "B", "T", "S", "H", "tiles", "heads", "chunk_heads", "offset", "left", "right",
-    "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h", "sg_b", "sg_t", "sg_h",
+    "sq_b", "sq_t", "sq_h", "sk_b", "sk_t", "sk_h", "sv_b", "sv_t", "sv_h", "sdo_b", "sdo_t", "sdo_h",
     "srow_b", "skey_b", "sm_b", "sm_h", "sm_t", "sbound_b",
 ]  # fmt: skip
 
@@ -70,9 +70,9 @@ def _dq_keys(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def dq_kernel(
-    q, k, v, grad, lse, delta, dq, start, end, keys, mask, scale, score_scale,
+    q, k, v, do, lse, delta, dq, start, end, keys, mask, scale, score_scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sdo_b, sdo_t, sdo_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr,
@@ -87,7 +87,7 @@ def dq_kernel(
     q += (i_b * sq_b + i_h * sq_h) * UNIT
     k += (i_b * sk_b + i_hk * sk_h) * UNIT
     v += (i_b * sv_b + i_hk * sv_h) * UNIT
-    grad += (i_b * sg_b + i_h * sg_h) * UNIT
+    do += (i_b * sdo_b + i_h * sdo_h) * UNIT
     sk_t = sk_t * UNIT
     sv_t = sv_t * UNIT
     if HAS_KEYS:
@@ -101,7 +101,7 @@ def dq_kernel(
     o_t = i_m * BM + tl.arange(0, BM)
     m_t = o_t < T
     b_q = load_tile(q, i_m * BM, tl.arange(0, BM), sq_t * UNIT, m_t, D, BD, True, True)
-    b_do = load_tile(grad, i_m * BM, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, True)
+    b_do = load_tile(do, i_m * BM, tl.arange(0, BM), sdo_t * UNIT, m_t, DV, BDV, True, True)
     p_row = (i_b * H + i_h) * T + o_t
     b_lse = tl.load(lse + p_row, mask=m_t, other=0.0)
     b_delta = tl.load(delta + p_row, mask=m_t, other=0.0)
@@ -128,8 +128,8 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_queries(
-    b_k, b_v, b_dk, b_dv, q, grad, dq, lse, delta, floor, mask, start, end, m_n, o_n, lo, hi, T, S, H, offset, left,
-    right, scale, sq_t, sg_t, sm_t,
+    b_k, b_v, b_dk, b_dv, q, do, dq, lse, delta, inv, mask, start, end, m_n, o_n, lo, hi, T, S, H, offset, left,
+    right, scale, sq_t, sdo_t, sm_t,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, ROWS: tl.constexpr, LEFT: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, PRECISION: tl.constexpr, RELU: tl.constexpr, ADD_DQ: tl.constexpr,
@@ -141,7 +141,7 @@ def _dkv_queries(
         o_t = t0 + o_tile
         m_t = o_t < hi
         b_q = load_tile(q, t0, o_tile, sq_t, m_t, D, BD, MASKED, True)
-        b_do = load_tile(grad, t0, o_tile, sg_t, m_t, DV, BDV, MASKED, True)
+        b_do = load_tile(do, t0, o_tile, sdo_t, m_t, DV, BDV, MASKED, True)
         if MASKED:
             b_lse = tl.load(lse + o_t, mask=m_t, other=0.0)
             b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)
@@ -161,7 +161,7 @@ def _dkv_queries(
             b_s = tl.where(b_seen != 0, b_s, float("-inf"))
         b_e = tl.math.exp2(b_s * scale - b_lse[None, :])
         if NORMALIZER == "softpick":
-            b_p = b_e - (tl.load(floor + o_t, mask=m_t, other=1.0) if MASKED else tl.load(floor + o_t))[None, :]
+            b_p = b_e - (tl.load(inv + o_t, mask=m_t, other=1.0) if MASKED else tl.load(inv + o_t))[None, :]
         elif NORMALIZER == "rectified_softmax":
             b_p = tl.where(b_s < 0, 0.0, b_e)
         else:
@@ -187,9 +187,9 @@ def _dkv_queries(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def dkv_kernel(
-    q, k, v, grad, lse, delta, floor, bounds, dq, dk, dv, start, end, keys, mask, scale, score_scale,
+    q, k, v, do, lse, delta, inv, bounds, dq, dk, dv, start, end, keys, mask, scale, score_scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right,
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sg_b, sg_t, sg_h, srow_b, skey_b, sm_b, sm_h, sm_t,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, sdo_b, sdo_t, sdo_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     sbound_b,
     UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -244,14 +244,14 @@ def dkv_kernel(
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, BM)
 
     sq_t = sq_t * UNIT
-    sg_t = sg_t * UNIT
+    sdo_t = sdo_t * UNIT
     sm_t = sm_t.to(tl.int64) * MASK_UNIT
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BDV], tl.float32)
     for i_g in range(count):
         i_h = (first + i_g).to(tl.int64)
         p_q = q + (i_b * sq_b + i_h * sq_h) * UNIT
-        p_g = grad + (i_b * sg_b + i_h * sg_h) * UNIT
+        p_do = do + (i_b * sdo_b + i_h * sdo_h) * UNIT
         p_row = (i_b * H + i_h) * T
         p_dq = dq
         p_mask = mask
@@ -261,11 +261,11 @@ def dkv_kernel(
             p_mask += (i_b * sm_b + i_h * sm_h) * MASK_UNIT
         for i_phase in tl.static_range(3):
             b_dk, b_dv = _dkv_queries(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_dq, lse + p_row, delta + p_row, floor + p_row, p_mask, start, end,
+                b_k, b_v, b_dk, b_dv, p_q, p_do, p_dq, lse + p_row, delta + p_row, inv + p_row, p_mask, start, end,
                 m_n, o_n,
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
-                T, S, H, offset, left, right, scale, sq_t, sg_t, sm_t, D, DV, BM, BD, BDV, NORMALIZER, ROWS,
+                T, S, H, offset, left, right, scale, sq_t, sdo_t, sm_t, D, DV, BM, BD, BDV, NORMALIZER, ROWS,
                 LEFT, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, ADD_DQ, i_phase != 1,
             )  # fmt: skip
     b_dk = b_dk * score_scale
@@ -282,7 +282,7 @@ def dkv_kernel(
 
 
 def attention_backward(
-    grad: torch.Tensor,
+    do: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -307,11 +307,11 @@ def attention_backward(
         ValueError: as `attention_forward`.
     """
     if INTERPRET and q.dtype == torch.bfloat16:
-        wide = [x.float() for x in (grad, q, k, v, out)]
+        wide = [x.float() for x in (do, q, k, v, out)]
         gradients = attention_backward(*wide, lse, visible, scale, normalizer, deterministic, config)
         return tuple(x.to(q.dtype) for x in gradients)
     problem = Problem.of(q, k, v, visible, scale, normalizer)
-    grad = dense_rows(grad.to(v.dtype))
+    do = dense_rows(do.to(v.dtype))
     B, T, H, D = q.shape
     S, heads_k, DV = k.shape[1], k.shape[2], v.shape[3]
     fast = not deterministic
@@ -320,12 +320,12 @@ def attention_backward(
     dv = torch.empty(B, S, heads_k, DV, dtype=v.dtype, device=v.device)
     if 0 in (q.numel(), k.numel(), v.numel()):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    strides = problem.strides(g=grad)
+    strides = problem.strides(g=do)
     delta = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    floor = torch.empty_like(delta) if normalizer == "softpick" else delta
+    inv = torch.empty_like(delta) if normalizer == "softpick" else delta
     dq_sum = torch.empty(B, T, H, D, dtype=torch.float32, device=q.device) if fast else None
     shared = dict(
-        problem.rows, **problem.numbers, **strides, **problem.flags, q=problem.q, k=problem.k, v=problem.v, grad=grad,
+        problem.rows, **problem.numbers, **strides, **problem.flags, q=problem.q, k=problem.k, v=problem.v, do=do,
         lse=lse, delta=delta, scale=problem.scale, score_scale=scale,
     )  # fmt: skip
     if shared["PRECISION"] == "tf32x3" and problem.dim > 128:
@@ -344,7 +344,7 @@ def attention_backward(
         bounds = query_bounds(problem, tiles, config.block_n)
         heads = B * (H if each_head else heads_k)
         dkv_kernel[(tiles * heads,)](
-            **shared, floor=floor, bounds=bounds, dq=dq_sum, dk=parts[0], dv=parts[1], tiles=tiles, heads=heads,
+            **shared, inv=inv, bounds=bounds, dq=dq_sum, dk=parts[0], dv=parts[1], tiles=tiles, heads=heads,
             # Side by side on all heads, the atomics of one pass meet less.
             chunk_heads=heads if fast else problem.heads_at_once(heads, T if each_head else T * H / heads_k),
             sbound_b=tiles if bounds is not None and bounds.shape[0] > 1 else 0, ADD_DQ=fast, EACH_HEAD=each_head,
@@ -360,7 +360,7 @@ def attention_backward(
         )  # fmt: skip
 
     with problem.device():
-        row_sums(problem, out, grad, lse, delta, floor, strides)
+        row_sums(problem, out, do, lse, delta, inv, strides)
         chosen = config or configuration("dkv_fast" if fast else "dkv", problem, launch_dkv)
         if fast:
             dq_sum.zero_()
@@ -370,6 +370,6 @@ def attention_backward(
     if fast:
         torch.mul(dq_sum, scale, out=dq)
     if parts[0] is not dk:
-        for total, part in zip((dk, dv), parts):
-            total.copy_(part.unflatten(2, (heads_k, H // heads_k)).sum(3))
+        for x, part in zip((dk, dv), parts):
+            x.copy_(part.unflatten(2, (heads_k, H // heads_k)).sum(3))
     return dq, dk, dv

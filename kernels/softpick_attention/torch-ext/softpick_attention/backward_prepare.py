@@ -10,12 +10,12 @@ from .launch import Problem
 from .tiles import FAR, load_tile
 
 
-@triton.jit(do_not_specialize=["T", "H", "sg_b", "sg_t", "sg_h"])
+@triton.jit(do_not_specialize=["T", "H", "sdo_b", "sdo_t", "sdo_h"])
 def delta_kernel(
-    out, grad, lse, delta, floor, T, H, sg_b, sg_t, sg_h, UNIT: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
+    out, do, lse, delta, inv, T, H, sdo_b, sdo_t, sdo_h, UNIT: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr,
     BDV: tl.constexpr, NORMALIZER: tl.constexpr,
 ):  # fmt: skip
-    """delta = <o, do> and floor = 2^-L of BM queries of a head; both [B, H, T] float32."""
+    """delta = <o, do> and inv = 2^-lse of BM queries of a head; both [B, H, T] float32."""
     # A grid may be longer than 65535 along its first side only.
     i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -23,13 +23,13 @@ def delta_kernel(
     o_t = t0 + tl.arange(0, BM)
     m_t = o_t < T
     p_o = out + (i_b * T * H + i_h) * DV
-    p_g = grad + (i_b * sg_b + i_h * sg_h) * UNIT
+    p_do = do + (i_b * sdo_b + i_h * sdo_h) * UNIT
     b_o = load_tile(p_o, t0, tl.arange(0, BM), H * DV, m_t, DV, BDV, True, True)
-    b_do = load_tile(p_g, t0, tl.arange(0, BM), sg_t * UNIT, m_t, DV, BDV, True, True)
+    b_do = load_tile(p_do, t0, tl.arange(0, BM), sdo_t * UNIT, m_t, DV, BDV, True, True)
     tl.store(delta + i_bh * T + o_t, tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1), mask=m_t)
     if NORMALIZER == "softpick":
         b_lse = tl.load(lse + i_bh * T + o_t, mask=m_t, other=0.0)
-        tl.store(floor + i_bh * T + o_t, tl.math.exp2(-b_lse), mask=m_t)
+        tl.store(inv + i_bh * T + o_t, tl.math.exp2(-b_lse), mask=m_t)
 
 
 @triton.jit(do_not_specialize=["T", "S", "srow_b", "tiles"])
@@ -63,17 +63,17 @@ def bounds_kernel(start, end, bounds, T, S, srow_b, tiles, BN: tl.constexpr, BT:
 def row_sums(
     problem: Problem,
     out: torch.Tensor,
-    grad: torch.Tensor,
+    do: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
-    floor: torch.Tensor,
+    inv: torch.Tensor,
     strides: Dict[str, int],
 ) -> None:
-    """Fill delta and, for softpick, floor; strides as `Problem.strides(g=grad)` gives them."""
+    """Fill delta and, for softpick, inv; strides as `Problem.strides(g=do)` gives them."""
     T, H = problem.numbers["T"], problem.numbers["H"]
     block = 64
     delta_kernel[(problem.numbers["B"] * H, triton.cdiv(T, block))](
-        out, grad, lse, delta, floor, T, H, strides["sg_b"], strides["sg_t"], strides["sg_h"],
+        out, do, lse, delta, inv, T, H, strides["sdo_b"], strides["sdo_t"], strides["sdo_h"],
         UNIT=strides["UNIT"], DV=problem.flags["DV"], BM=block, BDV=problem.flags["BDV"],
         NORMALIZER=problem.flags["NORMALIZER"], num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -32,7 +32,7 @@ _INTEGERS = [
 
 @triton.jit
 def _attend(
-    b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t,
+    b_q, b_acc, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     NORMALIZER: tl.constexpr, HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
     PRECISION: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
@@ -78,14 +78,14 @@ def _attend(
         else:
             b_l = b_l * b_alpha + tl.sum(b_p, 1)
             b_w = b_p.to(b_v.dtype)
-        b_o = tl.dot(b_w, b_v, b_o * b_alpha[:, None], input_precision=PRECISION)
+        b_acc = tl.dot(b_w, b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
         b_m = b_m_new
-    return b_o, b_l, b_m
+    return b_acc, b_l, b_m
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def forward_kernel(
-    q, k, v, out, level, total, start, end, keys, mask, scale,
+    q, k, v, out, m, part_l, start, end, keys, mask, scale,
     B, T, S, H, tiles, heads, chunk_heads, offset, left, right, splits,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, srow_b, skey_b, sm_b, sm_h, sm_t,
     UNIT: tl.constexpr, MASK_UNIT: tl.constexpr, G: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr,
@@ -95,7 +95,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log2 denominator of BM queries of one head; PACK: of BM / G queries of the G heads of a key head.
 
-    SPLIT: out, level and total are the sums over one part of the keys, to be joined by `combine_kernel`.
+    SPLIT: out, m and l are acc, m and l of one part of the keys, to be joined by `combine_kernel`.
     """
     i_bh, i_m = longest_first(tiles, heads, chunk_heads)
     i_split = tl.program_id(1)
@@ -149,14 +149,14 @@ def forward_kernel(
     if NORMALIZER == "softmax":
         b_m += LOWEST
     b_l = tl.zeros([BM], tl.float32)
-    b_o = tl.zeros([BM, BDV], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
     sk_t = sk_t * UNIT
     sv_t = sv_t * UNIT
     # Where a mask is needed tiles are half as wide, for the sake of registers.
     for i_phase in tl.static_range(3):
         if LEFT or i_phase > 0:
-            b_o, b_l, b_m = _attend(
-                b_q, b_o, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t,
+            b_acc, b_l, b_m = _attend(
+                b_q, b_acc, b_l, b_m, k, v, keys, mask, b_start, b_end, o_t, m_t,
                 lo if i_phase == 0 else full_lo if i_phase == 1 else full_hi,
                 full_lo if i_phase == 0 else full_hi if i_phase == 1 else hi,
                 scale, sk_t, sv_t, sm_t, D, DV, BM, BN if i_phase == 1 else max(BN // 2, 16), BD, BDV,
@@ -164,11 +164,11 @@ def forward_kernel(
             )  # fmt: skip
     # NaN in a finite row came from a value; once more, in narrow tiles that need
     # few registers, so that it reaches no query that does not see it.
-    if tl.max(tl.max(((b_o != b_o) & (b_l == b_l)[:, None]).to(tl.int32), 1), 0) > 0:
+    if tl.max(tl.max(((b_acc != b_acc) & (b_l == b_l)[:, None]).to(tl.int32), 1), 0) > 0:
         b_m = tl.zeros([BM], tl.float32)
         if NORMALIZER == "softmax":
             b_m += LOWEST
-        b_o, b_l, b_m = _attend(
+        b_acc, b_l, b_m = _attend(
             b_q, tl.zeros([BM, BDV], tl.float32), tl.zeros([BM], tl.float32), b_m,
             k, v, keys, mask, b_start, b_end, o_t, m_t, lo, hi, scale, sk_t, sv_t, sm_t,
             D, DV, BM, 16, BD, BDV, NORMALIZER, HAS_KEYS, HAS_MASK, NEGATE, PRECISION, RELU, WIDE,
@@ -178,16 +178,16 @@ def forward_kernel(
     o_d = tl.arange(0, BDV)
     i_sb = i_split * B + i_b
     p_out = out + (((i_sb * T + o_t) * H + o_h) * DV)[:, None] + o_d[None, :]
-    p_level = (i_sb * H + o_h) * T + o_t
+    p_m = (i_sb * H + o_h) * T + o_t
     m_out = m_t[:, None] & (o_d < DV)[None, :]
     if SPLIT:
-        tl.store(p_out, b_o, mask=m_out)
-        tl.store(level + p_level, b_m, mask=m_t)
-        tl.store(total + p_level, b_l, mask=m_t)
+        tl.store(p_out, b_acc, mask=m_out)
+        tl.store(m + p_m, b_m, mask=m_t)
+        tl.store(part_l + p_m, b_l, mask=m_t)
     else:
         b_norm, b_lse = _denominator(b_l, b_m, NORMALIZER)
-        tl.store(p_out, (b_o / b_norm[:, None]).to(out.dtype.element_ty), mask=m_out)
-        tl.store(level + p_level, b_lse, mask=m_t)
+        tl.store(p_out, (b_acc / b_norm[:, None]).to(out.dtype.element_ty), mask=m_out)
+        tl.store(m + p_m, b_lse, mask=m_t)
 
 
 @triton.jit
@@ -205,33 +205,33 @@ def _denominator(b_l, b_m, NORMALIZER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T", "H", "splits"])
 def combine_kernel(
-    part, level, total, out, lse, B, T, H, splits,
+    acc, m, part_l, out, lse, B, T, H, splits,
     DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, NORMALIZER: tl.constexpr,
 ):  # fmt: skip
-    """Join the sums over the parts of the keys of one query: linear, once all are shifted by the same level."""
+    """Join the sums over the parts of the keys of one query: linear, once all are shifted by one m."""
     i_r = tl.program_id(0).to(tl.int64)
     i_t, i_bh = i_r % T, i_r // T
     i_b, i_h = i_bh // H, i_bh % H
     o_d = tl.arange(0, BDV)
     rows = B.to(tl.int64) * H * T
-    b_top = tl.load(level + i_r)
+    b_m = tl.load(m + i_r)
     for s0 in range(0, splits, BS):
         o_s = s0 + tl.arange(0, BS)
-        b_top = tl.maximum(b_top, tl.max(tl.load(level + o_s * rows + i_r, mask=o_s < splits, other=LOWEST), 0))
+        b_m = tl.maximum(b_m, tl.max(tl.load(m + o_s * rows + i_r, mask=o_s < splits, other=LOWEST), 0))
     b_l = 0.0
-    b_o = tl.zeros([BDV], tl.float32)
+    b_acc = tl.zeros([BDV], tl.float32)
     for s0 in range(0, splits, BS):
         o_s = s0 + tl.arange(0, BS)
         m_s = o_s < splits
-        b_scale = tl.math.exp2(tl.load(level + o_s * rows + i_r, mask=m_s, other=LOWEST) - b_top)
-        b_scale = tl.where(m_s, b_scale, 0.0)
-        b_l += tl.sum(tl.load(total + o_s * rows + i_r, mask=m_s, other=0.0) * b_scale, 0)
-        p_part = part + (((o_s * B + i_b) * T + i_t) * H + i_h)[:, None] * DV + o_d[None, :]
-        b_part = tl.load(p_part, mask=m_s[:, None] & (o_d < DV)[None, :], other=0.0)
-        b_o += tl.sum(b_part * b_scale[:, None], 0)
-    b_norm, b_lse = _denominator(b_l, b_top, NORMALIZER)
+        b_alpha = tl.math.exp2(tl.load(m + o_s * rows + i_r, mask=m_s, other=LOWEST) - b_m)
+        b_alpha = tl.where(m_s, b_alpha, 0.0)
+        b_l += tl.sum(tl.load(part_l + o_s * rows + i_r, mask=m_s, other=0.0) * b_alpha, 0)
+        p_acc = acc + (((o_s * B + i_b) * T + i_t) * H + i_h)[:, None] * DV + o_d[None, :]
+        b_acc_s = tl.load(p_acc, mask=m_s[:, None] & (o_d < DV)[None, :], other=0.0)
+        b_acc += tl.sum(b_acc_s * b_alpha[:, None], 0)
+    b_norm, b_lse = _denominator(b_l, b_m, NORMALIZER)
     i_row = (i_b * T + i_t) * H + i_h
-    tl.store(out + i_row * DV + o_d, (b_o / b_norm).to(out.dtype.element_ty), mask=o_d < DV)
+    tl.store(out + i_row * DV + o_d, (b_acc / b_norm).to(out.dtype.element_ty), mask=o_d < DV)
     tl.store(lse + i_r, b_lse)
 
 

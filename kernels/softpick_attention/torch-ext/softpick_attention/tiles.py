@@ -10,7 +10,7 @@ import triton.language as tl
 
 # Larger than any index, small enough to be added to one.
 FAR = tl.constexpr(1 << 30)
-# Starting level of softmax rows: far below every score, yet finite, because -inf minus -inf is NaN.
+# Where m starts in softmax rows: far below every score, yet finite, because -inf minus -inf is NaN.
 LOWEST = tl.constexpr(-3.0e38)
 SOFTPICK_EPS = tl.constexpr(1e-6)
 
