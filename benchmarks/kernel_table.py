@@ -31,7 +31,10 @@ SOURCES = ROOT / "kernels/softpick_attention/torch-ext"
 sys.path.append(str(SOURCES))
 
 from softpick_attention.backward import dkv_kernel, dq_kernel  # noqa: E402 -- importable from a bare checkout
-from softpick_attention.forward import forward_kernel  # noqa: E402
+from softpick_attention.backward_prepare import Rows  # noqa: E402
+from softpick_attention.forward import Part, forward_kernel  # noqa: E402
+from softpick_attention.launch import Seen, Switches  # noqa: E402
+from softpick_attention.normalizers import NORMALIZERS  # noqa: E402
 from softpick_attention.tuning import Config, table_configuration  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/kernel_table.json"
@@ -91,27 +94,39 @@ def source_of(row: Row) -> ASTSource:
     """The kernel as the package launches it for packed rows, every tensor aligned to 16 bytes."""
     family, kernel, dtype, dim, normalizer, masks = row
     function, config = KERNELS[kernel], row.config()
-    constants = dict(
-        UNIT=16, MASK_UNIT=16, G=4 if kernel == "decode" else 1, D=dim, DV=dim, BD=dim, BDV=dim, NORMALIZER=normalizer,
-        ROWS="given", LEFT=True, HAS_KEYS=masks, HAS_MASK=masks, NEGATE=False, RELU=family != "gfx9",
-        BM=config.block_m, BN=config.block_n, PACK=kernel == "decode", SPLIT=kernel == "decode",
-        WIDE=False, ADD_DQ=kernel == "dkv_fast", EACH_HEAD=False,
+    decode, fast, prefill = kernel == "decode", kernel == "dkv_fast", kernel in ("forward", "decode")
+    exact = dtype != "fp32" or family == "gfx9" or (dim > 128 and not prefill)
+    switches = Switches(
+        NORMALIZERS[normalizer], ROWS="given", LEFT=True, HAS_KEYS=masks, HAS_MASK=masks, G=4 if decode else 1, D=dim,
+        DV=dim, BD=dim, BDV=dim, NEGATE=False, PRECISION="ieee" if exact else "tf32x3", RELU=family != "gfx9", UNIT=16,
+        MASK_UNIT=16, BM=config.block_m, BN=config.block_n, WIDE=not prefill, PACK=decode, SPLIT=decode, ADD_DQ=fast,
     )  # fmt: skip
-    exact = dtype != "fp32" or family == "gfx9" or (dim > 128 and kernel.startswith("d") and kernel != "decode")
-    constants["PRECISION"] = "ieee" if exact else "tf32x3"
-    absent = [] if masks else ["keys", "mask"]
-    absent += {"forward": ["part_l"], "dkv": ["dq"]}.get(kernel, [])
-    pointers = dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), dtype)
-    pointers.update(dict.fromkeys(("m", "part_l", "lse", "delta", "inv"), "fp32"), bounds="i32", start="i64", end="i64")
-    pointers.update(keys="u8", mask="u8")
-    if kernel in ("decode", "dkv_fast"):
-        pointers.update(out="fp32", dq="fp32")
+    mask = "u8" if masks else None
+    pointers = dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), dtype) | {
+        "seen": Seen("i32", "i32", mask, mask, "i32" if kernel.startswith("dkv") else None),
+        "rows": Rows("fp32", "fp32", "fp32" if switches.NORMALIZER.MINUS_ONE else None),
+        "part": Part("fp32", "fp32", "fp32") if decode else None,
+        "lse": "fp32",
+    }
+    if kernel.startswith("dkv"):
+        pointers["dq"] = "fp32" if fast else None
     signature, values, attributes = {}, {}, {}
+
+    def pointer(path: tuple[int, ...], dtype: str | None) -> str:
+        if dtype is None:
+            values[path] = None
+            return "constexpr"
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + dtype
+
     for index, name in enumerate(function.arg_names):
-        if name in constants or name in absent:
-            signature[name], values[(index,)] = "constexpr", constants.get(name)
+        given = pointers.get(name)
+        if name == "C":
+            signature[name], values[(index,)] = "constexpr", switches
+        elif isinstance(given, tuple):
+            signature[name] = type(given)(*(pointer((index, i), dtype) for i, dtype in enumerate(given)))
         elif name in pointers:
-            signature[name], attributes[(index,)] = "*" + pointers[name], [["tt.divisibility", 16]]
+            signature[name] = pointer((index,), given)
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i32"
     return ASTSource(function, signature, values, attributes)
@@ -126,7 +141,8 @@ def compile_row(row: Row) -> dict:
         a spilled register.
     """
     family, config = row[0], row.config()
-    compiled = triton.compile(source_of(row), target=TARGETS[family], options=config.launch())
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    compiled = triton.compile(source_of(row), target=TARGETS[family], options=options)
     result = {"config": list(config), "shared": compiled.metadata.shared}
     if TARGETS[family].backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -186,7 +202,7 @@ def main_loop(sass: str) -> Counter:
 def digest() -> str:
     """Changes when the code of a kernel or the compiler does, not with comments, docstrings or layout."""
     parts = [triton.__version__]
-    for name in ("tiles", "forward", "backward"):
+    for name in ("normalizers", "tiles", "forward", "backward"):
         tree = ast.parse((SOURCES / f"softpick_attention/{name}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:

@@ -18,6 +18,7 @@ from .interface import softpick_attn_func, softpick_attn_varlen_func
 from .kvcache import softpick_attn_with_kvcache
 from .launch import INTERPRET as INTERPRET
 from .launch import check_inputs as check_inputs
+from .launch import watch_launches as watch_launches
 from .visibility import Visible as Visible
 
 __all__ = [

@@ -1,19 +1,20 @@
-"""What every kernel is told about a call: checked shapes, strides, visibility and compile-time switches."""
+"""What every kernel is told about a call: checked shapes, strides, visibility, switches; and how one is launched."""
 
+import contextlib
 import math
-from typing import Any, Dict, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import triton
 from torch import Tensor
 from triton import knobs
 
-from .tuning import Target, current_target
+from .normalizers import NORMALIZERS, Normalizer
+from .tuning import Config, Target, current_target
 from .visibility import FAR_AWAY, Visible, check_visible, launch_device, window_bounds
 
 # Fixed when the kernels were made, at import. Triton's interpreter computes bfloat16 wrongly: callers widen it then.
 INTERPRET = bool(knobs.runtime.interpret)
-NORMALIZERS = ("softpick", "softmax", "rectified_softmax")
 MAX_HEAD_DIM = 256
 # No tile has more rows.
 MAX_BLOCK = 256
@@ -80,18 +81,98 @@ def row_strides(x: Tensor) -> Tuple[int, int, int]:
     return tuple(0 if size <= 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
 
 
+class Seen(NamedTuple):
+    """Tensors that say which keys a query sees, None where the compile-time switches need none.
+
+    start, end: int32 or int64 [B or 1, T]. keys: uint8 [B, S]. mask: uint8 [B, H, T, S], any strides but the last.
+    bounds: int32 [B or 1, tiles, 4], of each tile of keys the queries that see any and all of it.
+    """
+
+    start: Optional[Tensor] = None
+    end: Optional[Tensor] = None
+    keys: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
+    bounds: Optional[Tensor] = None
+
+
+class Switches(NamedTuple):
+    """What a kernel is compiled for.
+
+    ROWS: "all" keys, a "band" of them that moves with the query, or "given" intervals; LEFT: whether these have a
+    lower bound; HAS_KEYS, HAS_MASK: whether keys and mask are read. UNIT, MASK_UNIT: what strides are counted in. G:
+    query heads a key head. D, DV, BD, BDV: head dimensions and their tiles. NEGATE: the scale is negative.
+    The rest is of one kernel: see there.
+    """
+
+    NORMALIZER: Normalizer
+    ROWS: str
+    LEFT: bool
+    HAS_KEYS: bool
+    HAS_MASK: bool
+    G: int
+    D: int
+    DV: int
+    BD: int
+    BDV: int
+    NEGATE: bool
+    PRECISION: str
+    RELU: bool
+    UNIT: int = 1
+    MASK_UNIT: int = 1
+    BM: int = 0
+    BN: int = 0
+    WIDE: bool = True
+    PACK: bool = False
+    SPLIT: bool = False
+    ADD_DQ: bool = False
+    EACH_HEAD: bool = False
+
+
+class Launch(NamedTuple):
+    """A launch that `watch_launches` saw; switches are None for the small kernels that take fewer."""
+
+    kernel: str
+    switches: Optional[Switches]
+
+
+_WATCHERS: List[List[Launch]] = []
+
+
+@contextlib.contextmanager
+def watch_launches() -> Iterator[List[Launch]]:
+    """The launches of forward and backward that happen inside, in order: which variant a call takes, for tests."""
+    launches: List[Launch] = []
+    _WATCHERS.append(launches)
+    try:
+        yield launches
+    finally:
+        _WATCHERS.remove(launches)
+
+
+def run(kernel: Any, grid: Tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """Launch a kernel. Contraction to fused multiply-add is wanted, and asked for by name."""
+    for launches in _WATCHERS:
+        launches.append(Launch(kernel.fn.__name__, arguments.get("C")))
+    kernel[grid](
+        **arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
+    )  # fmt: skip
+
+
 class Problem(NamedTuple):
-    """One call, described once for all of its kernels. Tensors: q, k, v with dense last dimensions."""
+    """One call, described once for all of its kernels. Tensors: q, k, v with dense last dimensions.
+
+    numbers: what every kernel takes as integers; from t + band_lo to before t + band_hi are the keys of a band, and
+    row_b, mask_b, mask_h, mask_t strides of the tensors in `seen`.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
-    rows: Dict[str, Any]
+    seen: Seen
     numbers: Dict[str, int]
-    flags: Dict[str, Any]
+    switches: Switches
     target: Target
-    same_mask_in_all_heads: bool
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, normalizer: str) -> "Problem":
@@ -107,53 +188,58 @@ class Problem(NamedTuple):
         # The kernels ask for the sign of q.k, and a score of 0 has none.
         q, k, v = dense_rows(q if scale else q * 0), dense_rows(k), dense_rows(v)
         target = current_target(q.device)
-        given = visible.start is not None
         left, right = window_bounds(visible.causal, visible.window)
-        banded = not given and (left >= 0 or right >= 0)
-        rows = dict(
-            start=None, end=None, srow_b=0, keys=None, skey_b=0, mask=None, sm_b=0, sm_h=0, sm_t=0, MASK_UNIT=1
-        )
+        seen, strides, mask_unit, given = Seen(), (0, 0, 0), 1, visible.start is not None
         if given:
-            start, end = visible.start.contiguous(), visible.end.contiguous()
-            rows.update(start=start, end=end, srow_b=start.shape[1] if start.shape[0] > 1 else 0)
+            seen = seen._replace(start=visible.start.contiguous(), end=visible.end.contiguous())
         if visible.keys is not None:
-            keys = dense_rows(visible.keys).view(torch.uint8)
-            rows.update(keys=keys, skey_b=keys.stride(0))
+            seen = seen._replace(keys=visible.keys.contiguous().view(torch.uint8))
         if visible.mask is not None:
             # Dense along the keys, so that many are loaded at once; a mask of one column is widened.
             mask = dense_rows(visible.mask.expand(*visible.mask.shape[:3], k.shape[1]))
             mask = mask.view(torch.uint8).expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-            unit = 16 if all(stride % 16 == 0 for stride in mask.stride()[:3]) else 1
-            rows.update(mask=mask, **{name: s // unit for name, s in zip(("sm_b", "sm_h", "sm_t"), mask.stride())})
-            rows.update(MASK_UNIT=unit)
+            mask_unit = 16 if all(stride % 16 == 0 for stride in mask.stride()[:3]) else 1
+            seen, strides = seen._replace(mask=mask), [stride // mask_unit for stride in mask.stride()[:3]]
         numbers = dict(
-            B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], offset=visible.offset,
-            left=left if left >= 0 else FAR_AWAY, right=right if right >= 0 else FAR_AWAY,
+            T=q.shape[1], S=k.shape[1], H=q.shape[2], row_b=q.shape[1] if given and len(seen.start) > 1 else 0,
+            band_lo=visible.offset - (left if left >= 0 else FAR_AWAY),
+            band_hi=visible.offset + (right if right >= 0 else FAR_AWAY) + 1,
+            **dict(zip(("mask_b", "mask_h", "mask_t"), strides)),
         )  # fmt: skip
-        flags = dict(
+        switches = Switches(
+            NORMALIZER=NORMALIZERS[normalizer],
+            ROWS="given" if given else "band" if left >= 0 or right >= 0 else "all", LEFT=given or left >= 0,
+            HAS_KEYS=seen.keys is not None, HAS_MASK=seen.mask is not None, MASK_UNIT=mask_unit,
             G=q.shape[2] // k.shape[2], D=q.shape[3], DV=v.shape[3], BD=tile_dim(q.shape[3]), BDV=tile_dim(v.shape[3]),
-            NORMALIZER=normalizer, ROWS="given" if given else "band" if banded else "all",
-            LEFT=given or left >= 0, HAS_KEYS=visible.keys is not None, HAS_MASK=visible.mask is not None,
             NEGATE=scale < 0, PRECISION=_precision(q, target), RELU=target.relu_conversion,
         )  # fmt: skip
-        same_mask = rows["mask"] is None or rows["sm_h"] == 0 or q.shape[2] == 1
         # A scale of 0 must still hide -inf scores: 0 times -inf is NaN.
-        exponent = max(abs(scale) * _LOG2E, 2.0**-126)
-        return cls(q, k, v, exponent, rows, numbers, flags, target, same_mask)
+        return cls(q, k, v, max(abs(scale) * _LOG2E, 2.0**-126), seen, numbers, switches, target)
+
+    @property
+    def same_mask_in_all_heads(self) -> bool:
+        """Whether heads may share a tile of queries."""
+        return self.numbers["mask_h"] == 0 or self.numbers["H"] == 1
 
     @property
     def dim(self) -> int:
         """The larger tile dimension, by which configurations are chosen."""
-        return max(self.flags["BD"], self.flags["BDV"])
+        return max(self.switches.BD, self.switches.BDV)
 
-    def strides(self, **more: Tensor) -> Dict[str, int]:
-        """Strides of q, k, v and `more` in units of UNIT elements, which tells the compiler how they are aligned."""
-        named = dict(q=self.q, k=self.k, v=self.v, **more)
-        all_strides = {f"s{name}_{axis}": s for name, x in named.items() for axis, s in zip("bth", row_strides(x))}
+    def arguments(self, **more: Tensor) -> Tuple[Dict[str, Any], Switches]:
+        """What every kernel takes, with the strides of q, k, v and `more`, and the switches for these.
+
+        Strides are in units of UNIT elements, which tells the compiler how they are aligned.
+        """
+        tensors = dict(q=self.q, k=self.k, v=self.v, **more)
+        strides = {f"{name}_{axis}": s for name, x in tensors.items() for axis, s in zip("bth", row_strides(x))}
         # The stride of a token is multiplied by UNIT in its own type; one that needs 64 bits must arrive whole.
-        units = (16, 8, 1) if max(s for name, s in all_strides.items() if name.endswith("_t")) < 2**31 else (1,)
-        unit = next(unit for unit in units if all(stride % unit == 0 for stride in all_strides.values()))
-        return dict({name: stride // unit for name, stride in all_strides.items()}, UNIT=unit)
+        units = (16, 8, 1) if max(s for name, s in strides.items() if name.endswith("_t")) < 2**31 else (1,)
+        unit = next(unit for unit in units if all(stride % unit == 0 for stride in strides.values()))
+        strides = {name: stride // unit for name, stride in strides.items()}
+        return dict(tensors, scale=self.scale, seen=self.seen, **self.numbers, **strides), self.switches._replace(
+            UNIT=unit
+        )
 
     @property
     def wide(self) -> bool:
@@ -162,7 +248,7 @@ class Problem(NamedTuple):
 
     def heads_at_once(self, heads: int, rows: float) -> int:
         """How many of `heads` programs should run side by side, if each reads `rows` vectors of both dimensions."""
-        bytes_of_head = rows * (self.flags["D"] + self.flags["DV"]) * self.q.element_size()
+        bytes_of_head = rows * (self.switches.D + self.switches.DV) * self.q.element_size()
         return max(1, min(heads, int(_CACHE_BYTES / max(bytes_of_head, 1))))
 
     def device(self) -> Any:

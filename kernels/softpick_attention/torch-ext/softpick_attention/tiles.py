@@ -1,7 +1,9 @@
-"""What forward and backward do alike with a tile of scores: which keys a query sees, loading, hiding, weighting.
+"""What forward and backward do alike with a tile of scores: which keys a query sees, loading, scoring, weighting.
 
 Legend, in all Triton files: B batch, T queries, S keys, H query heads, G query heads a key head, D and DV head
-dimensions, BM, BN, BD, BDV sizes of tiles. i_ index of a program, o_ offsets, m_ mask, b_ value of a tile.
+dimensions, BM, BN, BD, BDV sizes of tiles. i_ index, o_ offsets, p_ pointers, m_ mask, b_ value of a tile. `C` are the
+compile-time `Switches` of a call, `seen` its tensors of visibility, `at` where a program's row begins in them; x_b,
+x_t, x_h are strides in units of C.UNIT elements.
 Scores are raw products q.k until they meet `scale` = |scale| * log2(e), so that exp2 is the only exponential.
 """
 
@@ -10,31 +12,34 @@ import triton.language as tl
 
 # Larger than any index, small enough to be added to one.
 FAR = tl.constexpr(1 << 30)
-# Where m starts in softmax rows: far below every score, yet finite, because -inf minus -inf is NaN.
-LOWEST = tl.constexpr(-3.0e38)
-SOFTPICK_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def visible_interval(start, end, o_t, T, S, offset, left, right, ROWS: tl.constexpr, LEFT: tl.constexpr):
+def place_in(i_b, i_h, S, row_b, mask_b, mask_h, mask_t, C: tl.constexpr):
+    """`at`: where one head of one row of the batch begins in start and end, keys, and mask; and a step of the mask."""
+    mask = (i_b * mask_b + i_h * mask_h) * C.MASK_UNIT
+    return i_b * row_b, i_b * S, mask, mask_t.to(tl.int64) * C.MASK_UNIT
+
+
+@triton.jit
+def visible_interval(seen, at, o_t, T, S, band_lo, band_hi, C: tl.constexpr):
     """Keys [first, last) that each query of a tile sees, two int32 [BM].
 
-    ROWS: "all" keys; "band", t + offset - left to t + offset + right; "given", read from start and end, which point
-    at this row of the batch. LEFT: whether there is a lower bound at all.
+    C.ROWS: "all" keys; "band", from t + band_lo to before t + band_hi; "given", read from start and end. C.LEFT:
+    whether there is a lower bound at all.
     """
-    if ROWS == "given":
-        m_t = o_t < T
-        b_end = tl.minimum(tl.load(end + o_t, mask=m_t, other=0).to(tl.int32), S)
-    elif ROWS == "band":
-        b_end = tl.minimum(o_t + (offset + right + 1), S)
+    if C.ROWS == "given":
+        b_end = tl.minimum(tl.load(seen.end + at[0] + o_t, mask=o_t < T, other=0).to(tl.int32), S)
+    elif C.ROWS == "band":
+        b_end = tl.minimum(o_t + band_hi, S)
     else:
         b_end = o_t * 0 + S
-    if not LEFT:
+    if not C.LEFT:
         b_start = o_t * 0
-    elif ROWS == "given":
-        b_start = tl.maximum(tl.load(start + o_t, mask=o_t < T, other=0).to(tl.int32), 0)
+    elif C.ROWS == "given":
+        b_start = tl.maximum(tl.load(seen.start + at[0] + o_t, mask=o_t < T, other=0).to(tl.int32), 0)
     else:
-        b_start = tl.maximum(o_t + (offset - left), 0)
+        b_start = tl.maximum(o_t + band_lo, 0)
     return b_start, b_end
 
 
@@ -95,22 +100,29 @@ def aligned(o_n):
 
 
 @triton.jit
-def hidden_score(NORMALIZER: tl.constexpr):
-    """The raw score of a key that is not seen: 0 adds nothing to softpick's sums, -inf nothing to softmax's."""
-    if NORMALIZER == "softpick":
-        return 0.0
-    else:
-        return float("-inf")
+def scores(b_rows, b_columns, C: tl.constexpr):
+    """Products of two tiles, with the sign of the scale, and -inf where a score hides its key."""
+    b_s = tl.dot(b_rows, tl.trans(b_columns), input_precision=C.PRECISION)
+    if C.NEGATE:
+        b_s = -b_s
+    if C.NORMALIZER.HIDE_NEGATIVE:
+        b_s = tl.where(b_s < 0, float("-inf"), b_s)
+    return b_s
 
 
 @triton.jit
-def rectify(b_p, dtype: tl.constexpr, RELU: tl.constexpr):
-    """max(p, 0) in `dtype`, NaN where p is; RELU lets the conversion do it (sm_80 and later), an instruction less."""
-    if RELU and dtype == tl.bfloat16:
+def weights(b_p, dtype: tl.constexpr, C: tl.constexpr):
+    """Numerators in `dtype`: max(p, 0) if one was subtracted, NaN where p is, else p.
+
+    C.RELU lets the conversion do it (sm_80 and later), an instruction less.
+    """
+    if not C.NORMALIZER.MINUS_ONE:
+        b_w = b_p.to(dtype)
+    elif C.RELU and dtype == tl.bfloat16:
         b_w = tl.inline_asm_elementwise(
             "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_p], dtype=tl.bfloat16, is_pure=True, pack=2
         )
-    elif RELU and dtype == tl.float16:
+    elif C.RELU and dtype == tl.float16:
         b_w = tl.inline_asm_elementwise(
             "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_p], dtype=tl.float16, is_pure=True, pack=2
         )
@@ -120,19 +132,17 @@ def rectify(b_p, dtype: tl.constexpr, RELU: tl.constexpr):
 
 
 @triton.jit
-def score_gradient(b_s, b_e, b_dp, b_delta, NORMALIZER: tl.constexpr):
+def score_gradient(b_s, b_e, b_dp, b_delta, C: tl.constexpr):
     """Gradient of the scores; b_e = exp(score - log denominator), b_delta = <o, do>, broadcastable to the tile."""
-    if NORMALIZER == "softpick":
+    if C.NORMALIZER.MINUS_ONE:
         b_ds = b_e * tl.where(b_s > 0, b_dp - b_delta, b_delta)
-    elif NORMALIZER == "rectified_softmax":
-        b_ds = tl.where(b_s < 0, 0.0, b_e * (b_dp - b_delta))
     else:
         b_ds = b_e * (b_dp - b_delta)
     return b_ds
 
 
 @triton.jit
-def longest_first(tiles, heads, chunk_heads):
+def longest_first(tiles, chunk_heads):
     """Head and tile of a program.
 
     The last tiles, which see most keys, come first in all heads, so that no processor is left with a long one;
@@ -140,6 +150,6 @@ def longest_first(tiles, heads, chunk_heads):
     """
     pid = tl.program_id(0)
     first = pid // (chunk_heads * tiles) * chunk_heads
-    width = tl.minimum(heads - first, chunk_heads)
+    width = tl.minimum(tl.num_programs(0) // tiles - first, chunk_heads)
     rest = pid - first * tiles
     return first + rest % width, tiles - 1 - rest // width

@@ -20,14 +20,10 @@ _TUNED: Dict[Any, Any] = {}
 class Config(NamedTuple):
     """Queries and keys of a tile, and how a program is laid out on the device."""
 
-    block_m: int
-    block_n: int
+    block_m: int = 0
+    block_n: int = 0
     num_warps: int = 4
     num_stages: int = 2
-
-    def launch(self) -> Dict[str, Any]:
-        """Options of the launch. Contraction to fused multiply-add is wanted, and asked for by name."""
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
 
 
 class Target(NamedTuple):
@@ -141,12 +137,12 @@ def configuration(kernel: str, problem: Any, launch: Callable[[Config], None]) -
     """
     if problem.target.family == "interpreter":
         return _INTERPRETER
-    masks = problem.flags["HAS_KEYS"] or problem.flags["HAS_MASK"]
+    masks = problem.switches.HAS_KEYS or problem.switches.HAS_MASK
     config = table_configuration(kernel, problem.target.family, problem.q.element_size(), problem.dim, masks)
     if os.environ.get("SOFTPICK_ATTENTION_AUTOTUNE") != "1":
         return config
     length = 1 << max(problem.numbers["T"] - 1, 0).bit_length()
-    key = kernel, problem.q.device, problem.q.dtype, problem.dim, problem.flags["NORMALIZER"], masks, length
+    key = kernel, problem.q.device, problem.q.dtype, problem.dim, problem.switches.NORMALIZER, masks, length
     if key not in _TUNED:
         _TUNED[key] = _fastest(config, launch)
         _LOG.info("autotuned %s: %s (table: %s)", key, _TUNED[key], config)
