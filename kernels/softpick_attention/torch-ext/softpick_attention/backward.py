@@ -30,7 +30,7 @@ from .tuning import Config, configuration
 from .visibility import Visible
 
 _INTEGERS = [
-    "T", "S", "H", "chunk_heads", "band_lo", "band_hi", "row_b", "mask_b", "mask_h", "mask_t",
+    "T", "S", "H", "heads", "chunk_heads", "band_lo", "band_hi", "row_b", "mask_b", "mask_h", "mask_t",
     "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "do_b", "do_t", "do_h",
 ]  # fmt: skip
 
@@ -69,12 +69,12 @@ def _dq_keys(
 @triton.jit(do_not_specialize=_INTEGERS)
 def dq_kernel(
     q, k, v, do, dq, rows, seen, scale, score_scale,
-    T, S, H, chunk_heads, band_lo, band_hi, row_b, mask_b, mask_h, mask_t,
+    T, S, H, heads, chunk_heads, band_lo, band_hi, row_b, mask_b, mask_h, mask_t,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BM queries of one head; `score_scale` is the caller's scale, sign included."""
     BM: tl.constexpr = C.BM
-    i_bh, i_m = longest_first(tl.cdiv(T, BM), chunk_heads)
+    i_bh, i_m = longest_first(tl.cdiv(T, BM), heads, chunk_heads)
     i_b = (i_bh // H).to(tl.int64)
     i_h = (i_bh % H).to(tl.int64)
     i_hk = i_h // C.G
@@ -163,7 +163,7 @@ def _load_row(row, o_t, m_t, other, MASKED: tl.constexpr):
 @triton.jit(do_not_specialize=_INTEGERS)
 def dkv_kernel(
     q, k, v, do, dq, dk, dv, rows, seen, scale, score_scale,
-    T, S, H, chunk_heads, band_lo, band_hi, row_b, mask_b, mask_h, mask_t,
+    T, S, H, heads, chunk_heads, band_lo, band_hi, row_b, mask_b, mask_h, mask_t,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys and values of one key head over its G query heads.
@@ -174,7 +174,7 @@ def dkv_kernel(
     BN: tl.constexpr = C.BN
     tiles = tl.cdiv(S, BN)
     # The first keys, which most queries see, come first.
-    i_bh, i_last = longest_first(tiles, chunk_heads)
+    i_bh, i_last = longest_first(tiles, heads, chunk_heads)
     i_n = tiles - 1 - i_last
     if C.EACH_HEAD:
         i_b = (i_bh // H).to(tl.int64)
@@ -233,8 +233,8 @@ def dkv_kernel(
     if C.HAS_KEYS:
         b_dk = tl.where(m_n[:, None], b_dk, 0.0)
         b_dv = tl.where(m_n[:, None], b_dv, 0.0)
-    heads = H if C.EACH_HEAD else H // C.G
-    o_row = (i_b * S + o_n) * heads + (first if C.EACH_HEAD else i_hk)
+    width = H if C.EACH_HEAD else H // C.G
+    o_row = (i_b * S + o_n) * width + (first if C.EACH_HEAD else i_hk)
     o_d, o_dv = tl.arange(0, C.BD), tl.arange(0, C.BDV)
     m_s = (o_n < S)[:, None]
     tl.store(dk + o_row[:, None] * C.D + o_d[None, :], b_dk.to(dk.dtype.element_ty), mask=m_s & (o_d < C.D)[None, :])
@@ -302,6 +302,7 @@ def attention_backward(
         shared.update(seen=with_bounds(problem, config.block_n))
         run(
             dkv_kernel, (tiles * heads,), config, **shared, rows=rows, dq=dq_sum, dk=parts[0], dv=parts[1],
+            heads=heads,
             # Side by side on all heads, the atomics of one pass meet less.
             chunk_heads=heads if fast else problem.heads_at_once(heads, T if each_head else T * H / heads_k),
             C=switches._replace(BM=config.block_m, BN=config.block_n, ADD_DQ=fast, EACH_HEAD=each_head),
@@ -311,7 +312,7 @@ def attention_backward(
         shared.update(seen=problem.seen)
         run(
             dq_kernel, (triton.cdiv(T, config.block_m) * B * H,), config, **shared, rows=rows, dq=dq,
-            chunk_heads=problem.heads_at_once(B * H, S * heads_k / H),
+            heads=B * H, chunk_heads=problem.heads_at_once(B * H, S * heads_k / H),
             C=switches._replace(BM=config.block_m, BN=config.block_n),
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ from .tuning import Config, configuration, decode_splits
 from .visibility import Visible
 
 _INTEGERS = [
-    "T", "S", "H", "chunk_heads", "band_lo", "band_hi", "row_b", "mask_b", "mask_h", "mask_t",
+    "T", "S", "H", "heads", "chunk_heads", "band_lo", "band_hi", "row_b", "mask_b", "mask_h", "mask_t",
     "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h",
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def _attend(
 @triton.jit(do_not_specialize=_INTEGERS)
 def forward_kernel(
     q, k, v, out, lse, part, seen, scale,
-    T, S, H, chunk_heads, band_lo, band_hi, row_b, mask_b, mask_h, mask_t,
+    T, S, H, heads, chunk_heads, band_lo, band_hi, row_b, mask_b, mask_h, mask_t,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, C: tl.constexpr,
 ):  # fmt: skip
     """Output and log2 denominator of BM queries of one head; PACK: of BM / G queries of the G heads of a key head.
@@ -95,14 +95,13 @@ def forward_kernel(
     """
     BM: tl.constexpr = C.BM
     BN: tl.constexpr = C.BN
-    i_bh, i_m = longest_first(tl.cdiv(T * C.G if C.PACK else T, BM), chunk_heads)
+    i_bh, i_m = longest_first(tl.cdiv(T * C.G if C.PACK else T, BM), heads, chunk_heads)
     i_split, splits = tl.program_id(1), tl.num_programs(1)
 
     o_r = i_m * BM + tl.arange(0, BM)
     if C.PACK:
-        heads = H // C.G
-        i_b = (i_bh // heads).to(tl.int64)
-        i_hk = (i_bh % heads).to(tl.int64)
+        i_b = (i_bh // (H // C.G)).to(tl.int64)
+        i_hk = (i_bh % (H // C.G)).to(tl.int64)
         i_h = i_hk * C.G
         o_t = o_r // C.G
         o_h = i_h + o_r % C.G
@@ -265,7 +264,7 @@ def attention_forward(
             part = Part(*(torch.empty(*shape, **wide) for shape in shapes))
         run(
             forward_kernel, (tiles * heads, max(splits, 1)), config, **shared, out=out, lse=lse, part=part,
-            chunk_heads=problem.heads_at_once(heads, S if pack else S / G),
+            heads=heads, chunk_heads=problem.heads_at_once(heads, S if pack else S / G),
             C=switches._replace(
                 WIDE=problem.wide, PACK=pack, SPLIT=splits > 0, BM=config.block_m, BN=config.block_n
             ),

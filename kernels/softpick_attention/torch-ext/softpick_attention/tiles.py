@@ -142,7 +142,7 @@ def score_gradient(b_s, b_e, b_dp, b_delta, C: tl.constexpr):
 
 
 @triton.jit
-def longest_first(tiles, chunk_heads):
+def longest_first(tiles, heads, chunk_heads):
     """Head and tile of a program.
 
     The last tiles, which see most keys, come first in all heads, so that no processor is left with a long one;
@@ -150,6 +150,6 @@ def longest_first(tiles, chunk_heads):
     """
     pid = tl.program_id(0)
     first = pid // (chunk_heads * tiles) * chunk_heads
-    width = tl.minimum(tl.num_programs(0) // tiles - first, chunk_heads)
+    width = tl.minimum(heads - first, chunk_heads)
     rest = pid - first * tiles
     return first + rest % width, tiles - 1 - rest // width
