@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from hf_softpick.modeling.attention_reference import attention_weights, reference_attention
 from softpick_attention import softpick_attn_func, softpick_attn_varlen_func
 from softpick_attention.forward import attention_forward
+from softpick_attention.interface import attend
+from softpick_attention.normalizers import NORMALIZERS as NORMALIZER_TABLE
 from softpick_attention.visibility import Visible, document_intervals
 
 EXTREMES = torch.tensor([*EXTREME_ROWS[:-1], [127.5, 128.5, -126.5, 1.0], EXTREME_ROWS[-1]])
@@ -297,3 +299,22 @@ def test_two_runs_are_bit_equal_and_the_two_backwards_agree(deterministic):
     first = gradients(deterministic)
     assert all(map(torch.equal, first, gradients(deterministic)))
     assert_close(first, gradients(not deterministic), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
+def test_a_normalizer_is_a_row_of_the_table(deterministic, monkeypatch):
+    """softmax1, e^x / (1 + sum e^x), has no text of its own in the kernels."""
+    softmax1 = NORMALIZER_TABLE["rectified_softmax"]._replace(HIDE_NEGATIVE=False, ADDED=1.0)
+    monkeypatch.setitem(NORMALIZER_TABLE, "softmax1", softmax1)
+    q, k, v, grad = inputs(Case(length=40, heads=(2, 1)))
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*tensors, Visible(causal=True), 0.25, "softmax1", deterministic)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    scores = torch.einsum("bthd,bsgd->bhts", exact[0], exact[1]) * 0.25
+    weights = scores.masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), -math.inf).exp()
+    total = 1 + weights.sum(-1, keepdim=True)
+    expected = torch.einsum("bhts,bsgd->bthd", weights / total, exact[2])
+    within("lse", lse, total[..., 0].log2(), 1e-5)
+    gradients = zip(torch.autograd.grad(out, tensors, grad), torch.autograd.grad(expected, exact, grad), strict=True)
+    for name, (ours, theirs) in zip(NAMES, [(out, expected), *gradients], strict=True):
+        within(name, ours.detach(), theirs.detach(), 2e-5)

@@ -114,6 +114,35 @@ def test_layouts_of_transformers_do_not_compile_again(compiled):
     assert compiled() == first > 0
 
 
+SEEN = {
+    "all keys": ({}, ("all", False, False, False)),
+    "causal": (dict(causal=True), ("band", False, False, False)),
+    "cached": (dict(causal=True, length=50), ("band", False, False, False)),
+    "window": (dict(causal=True, window_size=(100, 0)), ("band", True, False, False)),
+    "padded": (dict(causal=True, key_mask=torch.ones(2, 200, dtype=torch.bool)), ("band", False, True, False)),
+    "packed": (dict(documents=2), ("given", True, False, False)),
+}
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "fast"])
+@pytest.mark.parametrize("name", SEEN)
+def test_rows_by_a_band_read_no_intervals(compiled, name, deterministic):
+    """Neither kernel reads tensors for plain causal rows, with a cache and a window too, nor asks who sees a tile."""
+    options, expected = dict(SEEN[name][0], deterministic=deterministic), SEEN[name][1]
+    with launch.watch_launches() as launches:
+        if options.pop("documents", None):
+            _train(200, 200, 2, deterministic=deterministic)
+        else:
+            q = torch.zeros(2, options.pop("length", 200), 4, 32, dtype=torch.float16, requires_grad=True)
+            k = torch.zeros(2, 200, 4, 32, dtype=torch.float16)
+            interface.softpick_attn_func(q, k, k, **options).sum().backward()
+    names = ["forward_kernel", "delta_kernel", "dkv_kernel"] + ["dq_kernel"] * deterministic
+    assert [x.kernel for x in launches if x.kernel != "bounds_kernel"] == names
+    assert ("bounds_kernel" in [x.kernel for x in launches]) == (expected[0] == "given")
+    switches = [x.switches for x in launches if x.switches]
+    assert {(x.ROWS, x.LEFT, x.HAS_KEYS, x.HAS_MASK) for x in switches} == {expected} and len(switches) == len(names) - 1
+
+
 VARIANTS = {
     "all keys": {},
     "causal": dict(causal=True),
@@ -174,7 +203,7 @@ def test_autotune_leaves_nothing_of_its_trials(compiled, monkeypatch):
     """A trial that splits the keys, before a final launch that does not: the results are those of the final one."""
     forwards = []
     run = forward.forward_kernel.run
-    monkeypatch.setattr(forward.forward_kernel, "run", lambda *a, **k: (forwards.append(a[3]), run(*a, **k))[1])
+    monkeypatch.setattr(forward.forward_kernel, "run", lambda *a, **k: (forwards.append(k["out"]), run(*a, **k))[1])
     choices = lambda kind, problem, launch: (launch(tuning.Config(16, 16)), tuning.Config(16, 64))[1]  # noqa: E731
     monkeypatch.setattr(forward, "configuration", choices)
     monkeypatch.setattr(forward, "decode_splits", lambda *facts: 2 if facts[-1] == 16 else 0)

@@ -136,6 +136,8 @@ def score_gradient(b_s, b_e, b_dp, b_delta, C: tl.constexpr):
     """Gradient of the scores; b_e = exp(score - log denominator), b_delta = <o, do>, broadcastable to the tile."""
     if C.NORMALIZER.MINUS_ONE:
         b_ds = b_e * tl.where(b_s > 0, b_dp - b_delta, b_delta)
+    elif C.NORMALIZER.HIDE_NEGATIVE:
+        b_ds = tl.where(b_s < 0, 0.0, b_e * (b_dp - b_delta))
     else:
         b_ds = b_e * (b_dp - b_delta)
     return b_ds
