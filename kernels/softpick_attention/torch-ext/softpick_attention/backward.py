@@ -74,6 +74,7 @@ def dq_kernel(
 ):  # fmt: skip
     """Gradient of BM queries of one head; `score_scale` is the caller's scale, sign included."""
     BM: tl.constexpr = C.BM
+    BD: tl.constexpr = C.BD
     i_bh, i_m = longest_first(tl.cdiv(T, BM), heads, chunk_heads)
     i_b = (i_bh // H).to(tl.int64)
     i_h = (i_bh % H).to(tl.int64)
@@ -96,7 +97,7 @@ def dq_kernel(
     if C.HAS_MASK:
         lo = lo // C.BN * C.BN  # For `aligned`.
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, C.BN)
-    b_dq = tl.zeros([BM, C.BD], tl.float32)
+    b_dq = tl.zeros([BM, BD], tl.float32)
     for i_phase in tl.static_range(3):
         if C.LEFT or i_phase > 0:
             b_dq = _dq_keys(
@@ -172,6 +173,8 @@ def dkv_kernel(
     ADD_DQ: dq is added to as well, with atomics, in an order that differs between runs.
     """
     BN: tl.constexpr = C.BN
+    BD: tl.constexpr = C.BD
+    BDV: tl.constexpr = C.BDV
     tiles = tl.cdiv(S, BN)
     # The first keys, which most queries see, come first.
     i_bh, i_last = longest_first(tiles, heads, chunk_heads)
@@ -212,8 +215,8 @@ def dkv_kernel(
             inner_hi = 0
     full_lo, full_hi = split_range(lo, hi, inner_lo, inner_hi, C.BM)
 
-    b_dk = tl.zeros([BN, C.BD], tl.float32)
-    b_dv = tl.zeros([BN, C.BDV], tl.float32)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BDV], tl.float32)
     for i_g in range(count):
         i_h = (first + i_g).to(tl.int64)
         p_q = q + (i_b * q_b + i_h * q_h) * C.UNIT

@@ -95,6 +95,7 @@ def forward_kernel(
     """
     BM: tl.constexpr = C.BM
     BN: tl.constexpr = C.BN
+    BDV: tl.constexpr = C.BDV
     i_bh, i_m = longest_first(tl.cdiv(T * C.G if C.PACK else T, BM), heads, chunk_heads)
     i_split, splits = tl.program_id(1), tl.num_programs(1)
 
@@ -137,7 +138,7 @@ def forward_kernel(
 
     b_m = tl.full([BM], C.NORMALIZER.LEAST_M, tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    b_acc = tl.zeros([BM, C.BDV], tl.float32)
+    b_acc = tl.zeros([BM, BDV], tl.float32)
     # Where a mask is needed tiles are half as wide, for the sake of registers.
     for i_phase in tl.static_range(3):
         if C.LEFT or i_phase > 0:
@@ -151,7 +152,7 @@ def forward_kernel(
     # few registers, so that it reaches no query that does not see it.
     if tl.max(tl.max(((b_acc != b_acc) & (b_l == b_l)[:, None]).to(tl.int32), 1), 0) > 0:
         b_acc, b_l, b_m = _attend(
-            b_q, tl.zeros([BM, C.BDV], tl.float32), tl.zeros([BM], tl.float32),
+            b_q, tl.zeros([BM, BDV], tl.float32), tl.zeros([BM], tl.float32),
             tl.full([BM], C.NORMALIZER.LEAST_M, tl.float32), k, v, seen, at, b_start, b_end, o_t, m_t, lo, hi,
             scale, k_t * C.UNIT, v_t * C.UNIT, C, 16, True, True,
         )  # fmt: skip
