@@ -45,22 +45,11 @@ class Documents(NamedTuple):
 
 
 def documents_of(rows: int, length: int, position_ids: Tensor | None, real: Tensor | None, device: Any) -> Documents:
-    """Sequences from positions that restart, or one a row.
-
-    Args:
-        position_ids: int [B or 1, T], read as `documents` reads them.
-        real: bool [B, T], False = padding; not together with several documents in a row.
-
-    Raises:
-        ValueError: both packed documents and padding.
-    """
+    """Sequences as the model sees them: those that position_ids int [B or 1, T] tell, or one a row; real: bool [B, T],
+    False = padding."""
     if position_ids is None:
         position_ids = (torch.ones(rows, length, device=device) if real is None else real).cumsum(-1)
     begins = document_begins(position_ids, real).expand(rows, -1)
-    if real is not None and bool((begins.sum(-1) > 1).any()):
-        raise ValueError(
-            "rows with padding hold several documents. Leave attention_mask out, or give one document a row."
-        )
     first = begins.flatten().nonzero()[:, 0]
     count = len(first)
     number = begins.flatten().cumsum(0).view(rows, length) - 1

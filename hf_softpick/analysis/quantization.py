@@ -26,6 +26,7 @@ from hf_softpick.analysis.quantization_formats import (
 )
 from hf_softpick.analysis.samples import Samples, batches
 from hf_softpick.errors import CheckpointError, DataError
+from hf_softpick.modeling.documents import document_begins
 
 _LARGEST_EXPONENT = 700
 _EVERY_MODULE = set(vars(nn.Module()))  # attributes that every module has
@@ -163,7 +164,7 @@ def token_loss(
     Log-probabilities are float32 whatever the model computes in, and are summed in float64.
 
     Args:
-        rows: batches of input_ids and position_ids [B, T]; a document begins where the position is 0.
+        rows: batches of input_ids and position_ids [B, T], without padding.
 
     Raises:
         CheckpointError: the architecture takes no positions, so that documents in a row would see each other.
@@ -179,7 +180,7 @@ def token_loss(
             input_ids, position_ids = (batch[name].to(model.device) for name in ("input_ids", "position_ids"))
             # Without a mask and a cache, transformers derives from the positions what may see what.
             logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
-            targets = input_ids[:, 1:].masked_fill(position_ids[:, 1:] == 0, -100)
+            targets = input_ids.masked_fill(document_begins(position_ids), -100)[:, 1:]
             losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
             total += losses.double().sum().cpu()
             count += int((targets != -100).sum())

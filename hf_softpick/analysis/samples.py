@@ -22,6 +22,7 @@ from hf_softpick.data.sources import SourceGone, open_sources
 from hf_softpick.data.splitting import split_text
 from hf_softpick.data.tokenizer import encoder_of, sample_texts
 from hf_softpick.errors import DataError
+from hf_softpick.modeling.documents import document_begins
 
 CANDIDATE_CHARACTERS = 64 * 2**20
 """Of a source without a validation split, documents are chosen among about this much text."""
@@ -164,7 +165,7 @@ def one_document_a_row(samples: Samples) -> Samples:
     """The same documents in rows of their own, for models that do not keep packed documents apart."""
     rows = []
     for row in samples.rows:
-        starts = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
+        starts = document_begins(row["position_ids"]).nonzero()[:, 0].tolist()
         for begin, end in itertools.pairwise([*starts, len(row["input_ids"])]):
             rows.append({name: values[begin:end] for name, values in row.items()})
     return samples._replace(rows=rows)
@@ -191,8 +192,8 @@ def _recipe_documents(
 def _unpacked(rows: Iterable, bos: int | None) -> Iterator[_Document]:
     for row in rows:
         ids = np.asarray(row["input_ids"])[: int(row["num_tokens"])]
-        starts = np.flatnonzero(np.asarray(row["position_ids"])[: len(ids)] == 0)
-        for document in np.split(ids, starts[1:]):
+        begins = document_begins(torch.tensor(row["position_ids"][: len(ids)]))
+        for document in np.split(ids, begins.numpy().nonzero()[0][1:]):
             is_start = bos is None or document[0] == bos
             yield _Document(document[int(bos is not None and is_start) :], is_start)
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_softpick.modeling.documents import document_begins
+
 IGNORE_INDEX = -100
 
 
@@ -33,12 +35,11 @@ class PackedCollator:
             raise ValueError(
                 f"packed rows have columns {sorted(rows[0])}, 'num_tokens' is missing: set remove_unused_columns=False"
             )
-        input_ids, position_ids = (np.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids"))
-        num_tokens = np.array([row["num_tokens"] for row in rows])
-        is_target = (position_ids != 0) & (np.arange(input_ids.shape[1]) < num_tokens[:, None])
-        batch = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "labels": np.where(is_target, input_ids, np.int32(IGNORE_INDEX)),
-        }
-        return {name: torch.from_numpy(values).long() for name, values in batch.items()}
+        input_ids, position_ids = (
+            torch.from_numpy(np.stack([row[name] for row in rows], dtype=np.int64))
+            for name in ("input_ids", "position_ids")
+        )
+        num_tokens = torch.tensor([[int(row["num_tokens"])] for row in rows])
+        no_target = document_begins(position_ids) | (torch.arange(input_ids.shape[1]) >= num_tokens)
+        labels = input_ids.masked_fill(no_target, IGNORE_INDEX)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

@@ -221,8 +221,8 @@ def visible_of_call(
         attention_mask = CallMask(
             length, key_length, device=query.device, query_offset=offset, sliding_window=sliding_window
         )
-    offset = attention_mask.arguments["query_offset"]
-    visible = attention_mask.visible(read_documents(arguments, batch, length, offset, position_ids))
+    offset, padding = attention_mask.arguments["query_offset"], attention_mask.arguments.get("padding_mask")
+    visible = attention_mask.visible(read_documents(arguments, batch, length, offset, position_ids, padding))
     # Layers may lie on several devices, and what moves arguments between them does not look into a CallMask.
     return VisibleKeys(*(x.to(query.device) if isinstance(x, Tensor) else x for x in visible))
 

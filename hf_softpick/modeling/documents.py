@@ -20,22 +20,27 @@ def document_begins(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
     Args:
         position_ids: int [B or 1, T]. real: bool [B, T], False = padding, which has no position of its own.
     """
-    index = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    # Inside a document, position and tokens before it in the row go up together, or position and column.
+    begins = numbered_begins(position_ids - _tokens_before(position_ids, real), real)
     if real is None:
-        return (position_ids - position_ids.roll(1, -1) != 1) | (index == 0)
+        return begins
+    return begins & numbered_begins(position_ids - _tokens_before(position_ids, None), real)
+
+
+def numbered_begins(numbers: Tensor, real: Tensor | None = None) -> Tensor:
+    """bool [B, T] as `document_begins`, from numbers int [B or 1, T] that are the same in all tokens of a document."""
+    index = torch.arange(numbers.shape[-1], device=numbers.device)
+    if real is None:
+        return (numbers != numbers.roll(1, -1)) | (index == 0)
     last = running_max(torch.where(real, index, -1)).roll(1, -1)  # column of the real token before
     last = torch.where(index == 0, -1, last)
-    position_ids = position_ids.expand(real.shape[0], -1)
-    step = position_ids - position_ids.gather(1, last.clamp_min(0))
-    return real & ((last < 0) | ((step != 1) & (step != index - last)))
+    numbers = numbers.expand(real.shape[0], -1)
+    return real & ((last < 0) | (numbers != numbers.gather(1, last.clamp_min(0))))
 
 
 def document_positions(begins: Tensor, real: Tensor | None = None) -> Tensor:
     """int64 [B, T]: real tokens from the beginning of its document to each token; the reverse of `document_begins`."""
-    if real is None:
-        count = torch.arange(begins.shape[-1], device=begins.device).expand_as(begins)
-    else:
-        count = real.cumsum(-1) - real.long()
+    count = _tokens_before(begins, real).expand_as(begins)
     return count - running_max(torch.where(begins, count, 0))
 
 
@@ -47,13 +52,14 @@ def running_max(x: Tensor) -> Tensor:
     return torch.where(index <= index[:, None], x[..., None, :], -1).amax(-1)
 
 
-def numbered_begins(numbers: Tensor) -> Tensor:
-    """bool [B, T] as `document_begins`, from the numbers int [B, T] of the documents that the tokens belong to."""
-    return torch.nn.functional.pad(numbers.diff(dim=-1) != 0, (1, 0), value=True)
+def _tokens_before(row: Tensor, real: Tensor | None) -> Tensor:
+    if real is None:
+        return torch.arange(row.shape[-1], device=row.device)
+    return real.cumsum(-1) - real.long()
 
 
-def boundary_begins(cu_seq_lens: Tensor, length: int) -> Tensor:
-    """bool [1, T] as `document_begins`, from the boundaries int [documents + 1] of one row; documents may be empty.
+def boundary_numbers(cu_seq_lens: Tensor, length: int) -> Tensor:
+    """int64 [1, T]: number of each token's document, from the boundaries int [documents + 1] of one row.
 
     Raises:
         ValueError: they do not rise from 0 to the length of the row.
@@ -67,8 +73,7 @@ def boundary_begins(cu_seq_lens: Tensor, length: int) -> Tensor:
                 f"cu_seq_lens runs from {edges[0]} to {edges[-1]}, expected to rise from 0 to the row length {length}."
             )
     index = torch.arange(length, device=cu_seq_lens.device)[None]
-    boundaries = cu_seq_lens.to(torch.int64)
-    return boundaries[torch.searchsorted(boundaries, index, right=True) - 1] == index
+    return torch.searchsorted(cu_seq_lens.to(torch.int64), index, right=True)  # of empty documents, the last
 
 
 def read_documents(
@@ -77,13 +82,14 @@ def read_documents(
     length: int,
     offset: int | Tensor = 0,
     position_ids: Tensor | None = None,
-    real: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> Tensor | None:
     """Take what says where documents begin out of a call's arguments, under every name that is in use.
 
     Args:
         arguments: of one call of `length` queries in `batch` rows; BOUNDARIES and seq_idx are removed from it.
-        offset: tokens before this call. position_ids: int [B or 1, T]. real: bool [B, T], False = padding.
+        offset: tokens before this call. position_ids: int [B or 1, T].
+        padding_mask: bool [B, tokens so far], False = padding, whatever document it is said to belong to.
 
     Returns:
         int [B or 1, T], positions inside documents: `position_ids`, or those that the boundaries stand for; None if
@@ -96,29 +102,30 @@ def read_documents(
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return position_ids
-    seq_idx, compiling = given.pop("seq_idx", None), torch.compiler.is_compiling()
-    begins = None if position_ids is None else document_begins(position_ids, real)
+    device, seq_idx = next(iter(given.values())).device, given.pop("seq_idx", None)
+    begins = real = None
+    if padding_mask is not None:
+        device, columns = padding_mask.device, torch.arange(length, device=padding_mask.device) + offset
+        real = padding_mask[:, columns.clamp_max(padding_mask.shape[1] - 1)].expand(batch, -1)
+    if position_ids is not None:
+        device = position_ids.device if real is None else device
+        begins = document_begins(position_ids.to(device), real)
     if given:
-        cut = _read_boundaries(given, batch, length, offset)
-        begins = cut if begins is None else begins | cut.to(begins.device)
+        cut = numbered_begins(_read_boundaries(given, batch, length, offset).to(device), real)
+        begins = cut if begins is None else begins | cut
     if seq_idx is not None:
         if seq_idx.shape not in ((batch, length), (1, length)):
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}, expected {(batch, length)}")
-        changes = numbered_begins(seq_idx)
+        changes = numbered_begins(seq_idx.to(device), real)
         if begins is None:
             if _follows(offset):
                 raise ValueError("seq_idx does not say how documents go on from a cache. Pass position_ids as well.")
             begins = changes
-        elif not compiling:
-            differ = (changes.to(begins.device) != begins)[:, 1:]
-            if real is not None:
-                differ = differ & real[:, 1:] & real[:, :-1]
-            if bool(differ.any()):
-                raise ValueError(
-                    f"seq_idx and {'cu_seq_lens' if position_ids is None else 'position_ids'} do not begin documents "
-                    f"at the same tokens, first at {int(differ.any(0).nonzero()[0]) + 1}. Pass what agrees, or one of "
-                    "them."
-                )
+        elif not torch.compiler.is_compiling() and bool((differ := changes != begins).any()):
+            raise ValueError(
+                f"seq_idx and {'cu_seq_lens' if position_ids is None else 'position_ids'} do not begin documents at "
+                f"the same tokens, first at {int(differ.any(0).nonzero()[0])}. Pass what agrees, or one of them."
+            )
     # Over a cache, position_ids also say how far back the first document of the call began.
     return position_ids if position_ids is not None and not given else document_positions(begins, real)
 
@@ -146,12 +153,12 @@ def _read_boundaries(given: dict[str, Tensor], batch: int, length: int, offset: 
         same = given[name] is cu_seq_lens or torch.compiler.is_compiling() or torch.equal(given[name], cu_seq_lens)
         if not same:
             raise ValueError(f"{names[0]} and {name} differ; self-attention needs the same boundaries in both")
-    return boundary_begins(cu_seq_lens, length)
+    return boundary_numbers(cu_seq_lens, length)
 
 
 __all__ = [
     "BOUNDARIES",
-    "boundary_begins",
+    "boundary_numbers",
     "document_begins",
     "document_positions",
     "numbered_begins",

@@ -328,8 +328,7 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
                 check_padding(padding)
             padding = padding.to(device, torch.bool)
         query = torch.arange(length, device=device) + offset
-        real = None if padding is None else padding[:, query.clamp_max(padding.shape[1] - 1)].expand(batch, -1)
-        documents = read_documents(kwargs, batch, length, offset, position_ids, real)
+        documents = read_documents(kwargs, batch, length, offset, position_ids, padding)
         if position_ids is None:
             position_ids = query[None] if documents is None else documents
         visible, position = visible_keys(

@@ -15,6 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .compat import assert_async, attention_of, has_mask_function
 from .configuration_softpick import SoftpickConfig
+from .documents import document_begins
 from .visibility import VisibleKeys
 
 
@@ -99,7 +100,7 @@ def _packed(position: Tensor, attention_mask: Tensor | None, query: Tensor) -> T
 
 def _flat_boundaries(position: Tensor, batch: int) -> dict[str, Any]:
     """Flash attention's boundaries of all rows laid end to end; it does not read those of a batch by itself."""
-    begins = (position == 0).expand(batch, -1).flatten()
+    begins = document_begins(position).expand(batch, -1).flatten()
     edges = torch.cat([begins.nonzero()[:, 0], begins.new_full((1,), begins.numel(), dtype=torch.int64)]).int()
     longest = int(edges.diff().max())
     return dict(cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)

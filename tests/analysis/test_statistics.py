@@ -279,7 +279,7 @@ def test_ranks_add_up():
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padding_is_no_document(padding):
-    """generate() gives padding positions of its own, 0 or 1; they begin nothing. Documents beside it are refused."""
+    """generate() gives padding positions of its own, 0 or 1; they begin nothing."""
     real = torch.ones(2, 9, dtype=torch.bool)
     real[0, :4] = False
     real = real if padding == "left" else real.flip(1)
@@ -289,8 +289,19 @@ def test_padding_is_no_document(padding):
     assert found.index[0].tolist() == [0 if token else 2 for token in real[0].tolist()]
     assert found.position[1].tolist() == list(range(9))
     position[1, 5:] -= 5
-    with pytest.raises(ValueError, match="rows with padding hold several documents"):
-        documents_of(2, 9, position, real, "cpu")
+    assert documents_of(2, 9, position, real, "cpu").length.tolist() == [5, 5, 4]
+
+
+def test_packed_documents_beside_padding():
+    """The same as rows without it."""
+    torch.manual_seed(0)
+    model = _sharpen(_ours("softpick")).double().eval()
+    inputs, count = _batch("packed") | _batch("right"), LENGTH - 23
+    rows = [(0, count), (1, LENGTH)]
+    apart = [{name: inputs[name][[row], :end] for name in ("input_ids", "position_ids")} for row, end in rows]
+    found, expected = (measure(model, batches, MIN_SINK) for batches in ([inputs], apart))
+    assert found.sequences == 4 and found.summary() == pytest.approx(expected.summary(), rel=1e-9)
+    assert found.sink_rates() == expected.sink_rates()
 
 
 def test_batches_merge_into_the_whole():
@@ -363,9 +374,6 @@ def test_what_cannot_be_measured_is_refused_by_name():
         measure(model, [{"input_ids": torch.full((1, 4), 61)}])
     with pytest.raises(ValueError, match="70 tokens, the model reads 64"):
         measure(_ours("softpick", max_position_embeddings=64), [_batch("plain")])
-    packed_and_padded = {**_batch("left"), "position_ids": torch.arange(LENGTH).expand(2, -1) % 30}
-    with pytest.raises(ValueError, match="several documents"):
-        measure(model, [packed_and_padded])
     with pytest.raises(ValueError, match="no token"):
         measure(model, [])
     from transformers import MambaConfig, MambaForCausalLM

@@ -3,7 +3,7 @@
 import torch
 
 from hf_softpick.modeling.attention_reference import reference_attention
-from hf_softpick.modeling.documents import boundary_begins, document_positions
+from hf_softpick.modeling.documents import boundary_numbers, document_positions, numbered_begins
 from hf_softpick.modeling.normalizers import SOFTPICK_EPS
 from hf_softpick.modeling.visibility import visible_keys as visible_keys_and_positions
 
@@ -59,7 +59,7 @@ def seen(kind, batch, heads, length, cached):
         return mask
     if kind == "cu_seq_lens":
         boundaries = torch.tensor([0, 0, length // 3, length // 3, length // 3 + 1, length])
-        begins = boundary_begins(boundaries.clamp_max(length).sort().values, length)
+        begins = numbered_begins(boundary_numbers(boundaries.clamp_max(length).sort().values, length))
         return visible_keys(length, length, CPU, position_ids=document_positions(begins))
     options = {
         "causal": {},

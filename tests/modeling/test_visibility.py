@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hf_softpick.modeling.attention_interface import attention_forward
 from hf_softpick.modeling.attention_reference import reference_attention
-from hf_softpick.modeling.documents import boundary_begins, document_positions, read_documents
+from hf_softpick.modeling.documents import boundary_numbers, document_positions, numbered_begins, read_documents
 from hf_softpick.modeling.visibility import visible_keys
 
 CPU = torch.device("cpu")
@@ -141,7 +141,7 @@ def test_cu_seq_lens_are_documents(lengths, window):
     boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     length = sum(lengths)
     document = [d for d, count in enumerate(lengths) for _ in range(count)]
-    documents = document_positions(boundary_begins(boundaries, length))
+    documents = document_positions(numbered_begins(boundary_numbers(boundaries, length)))
     visible, position = visible_keys(length, length, CPU, position_ids=documents, sliding_window=window)
     r = Row(document, [True] * length, [])
     expected = [[sees(r, query, key, window) for key in range(length)] for query in range(length)]
@@ -239,7 +239,7 @@ def test_masks_shorter_than_the_tokens_are_refused():
 )
 def test_boundaries_that_do_not_fit_are_refused(boundaries, message):
     with pytest.raises(ValueError, match=message):
-        boundary_begins(torch.tensor(boundaries), 6)
+        boundary_numbers(torch.tensor(boundaries), 6)
 
 
 def test_boundaries_after_cached_tokens_are_refused():

@@ -53,8 +53,8 @@ def flash_attn_forward(
             single query sees all keys, and several are aligned with the first keys (S > T: an empty static cache).
         scaling: factor of the scores, default D ** -0.5.
         sliding_window: a query sees itself and the sliding_window - 1 keys before it; a mask has that in it already.
-        position_ids: [B or 1, T]. Without a mask, a document begins where they do not go up by one; with a mask of
-            T = S, at each visible position 0. Other shapes are ignored.
+        position_ids: [B or 1, T]. A document begins where they do not go up by one from the token before; with a mask
+            of T = S that is not causal but for padding, at each visible position 0. Other shapes are ignored.
         cu_seq_lens_q: int [documents + 1], boundaries of the documents of the only row, read instead of position_ids.
             cu_seq_lens_k must hold the same.
         kwargs: the model's other arguments.
@@ -91,9 +91,15 @@ def _documents(position_ids: Tensor, mask: Optional[Tensor], left: int) -> Visib
     if mask is None:
         begins = position_ids - position_ids.roll(1, -1) != 1
     else:
-        # A mask of the user's own may go with positions that repeat; padded tokens have any position.
         mask = mask.expand(*mask.shape[:2], *(len(index) if size == 1 else size for size in mask.shape[2:]))
-        begins = (position_ids == 0) & mask.diagonal(dim1=-2, dim2=-1).any(1)
+        real = mask.diagonal(dim1=-2, dim2=-1).any(1)
+        distance = index[:, None] - index
+        causal = (distance >= 0) & (distance <= (left if left >= 0 else len(index)))
+        # Causal but for padding is what models make. In a mask of the user's own, positions but 0 may repeat: trees.
+        is_made = (mask == causal & real[:, None, None, :]).all(-1).all(-1).all(-1, keepdim=True)
+        last = torch.where(real, index, 0).cummax(-1)[0].roll(1, -1)  # column of the real token before
+        position_ids, last = torch.broadcast_tensors(position_ids, last)
+        begins = real & torch.where(is_made, position_ids - position_ids.gather(1, last) != 1, position_ids == 0)
     document = begins.cumsum(-1)
     start = torch.searchsorted(document, document)
     if mask is not None:
