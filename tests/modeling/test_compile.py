@@ -3,9 +3,11 @@
 import pytest
 import torch
 from attention_cases import visible_keys
+from tiny_foreign import foreign_model
 from tiny_softpick import close, tiny_model, tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import StaticCache
+from transformers.masking_utils import create_causal_mask
 
 from hf_softpick.modeling.attention_tiled import tiled_attention
 
@@ -117,14 +119,35 @@ def test_decoding_with_a_static_cache_is_one_graph():
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "padded"])
+def compiled_llama(**changes):
+    backend = Recorder()
+    model = foreign_model("llama", "softpick", initializer_range=0.2, max_position_embeddings=256, **changes).eval()
+    return model, torch.compile(model, backend=backend, fullgraph=True), backend
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed", "packed and masked"])
 def test_foreign_models_compile(kind):
-    """With a T x T mask, though: transformers asks for packed attention whenever it traces."""
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation="softpick").eval()
-    arguments = {**inputs(kind), "use_cache": False}
-    compiled = torch.compile(model, backend=Recorder(), fullgraph=True)
+    """Without an attention_mask through a T x T mask: transformers asks for packed attention whenever it traces."""
+    (model, compiled, backend), arguments = compiled_llama(num_hidden_layers=1), {**inputs(kind), "use_cache": False}
     close(compiled(**arguments).logits, model(**arguments).logits)
+    assert backend.graphs == 1
+    assert bool(backend.square(LENGTH)) == ("attention_mask" not in arguments)
+
+
+def test_foreign_models_decode_padded_rows_in_one_graph():
+    """As generate() does: it makes the mask of each step before the compiled call."""
+    (model, compiled, backend), ids = compiled_llama(), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    past = StaticCache(model.config, max_cache_len=16)
+    logits = [model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=past, use_cache=True).logits]
+    for i in range(6, 12):
+        token, seen = ids[:, i : i + 1], torch.nn.functional.pad(mask[:, : i + 1], (0, 15 - i))
+        options = dict(inputs_embeds=model.get_input_embeddings()(token), past_key_values=past)
+        made = create_causal_mask(config=model.config, attention_mask=seen, **options)
+        logits.append(compiled(token, attention_mask=made, past_key_values=past, use_cache=True).logits)
+    close(torch.cat(logits, 1)[mask == 1], model(ids, attention_mask=mask).logits[mask == 1])
+    assert backend.graphs == 1
 
 
 def test_inductor():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_foreign import foreign_model
 from tiny_softpick import (
     IMPLEMENTATIONS,
     NORMALIZERS,
@@ -323,3 +324,24 @@ def test_what_flattening_collators_make():
 def test_arguments_for_another_attention_are_refused(argument, value):
     with pytest.raises(ValueError, match="is_causal=False and a paged cache are not supported"):
         tiny_model()(tokens(1, 12), **{argument: value})
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "llama"])
+def test_nan_reaches_the_rows_that_see_it_and_no_others(implementation):
+    """Two tokens whose keys and values are NaN: one is padding, one stands in the first of two documents."""
+    if implementation == "llama":
+        model = foreign_model("llama", "softpick", initializer_range=0.2).eval()
+    else:
+        model = tiny_model("scaled_softpick", implementation)
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 2] = 0
+    position_ids = torch.stack([torch.tensor([0, 1, 0, *range(2, 6), *range(5)]), torch.arange(12)])
+    call = dict(attention_mask=mask, position_ids=position_ids, use_cache=False)
+    embeds = model.get_input_embeddings()(ids).detach()
+    clean = model(inputs_embeds=embeds, **call).logits
+    embeds[0, 2] = embeds[0, 4] = float("nan")
+    logits = model(inputs_embeds=embeds, **call).logits
+    rows = torch.zeros(2, 12, dtype=torch.bool)
+    rows[0, 4:7] = True
+    real = mask.bool()
+    assert logits[rows].isnan().all() and torch.equal(logits[real & ~rows], clean[real & ~rows])

@@ -70,16 +70,14 @@ def test_caches_in_chunks_and_cut_short(kind):
             start += size
         return torch.cat(logits, 1) if min(sizes) > 0 else logits[-1]
 
-    models = pair(kind)
+    models = pair(kind)  # a cache with a window cannot be cut by itself; assisted generation below sees to that
     for padded in (False, True):
-        for sizes in ([4, 4, 4], [6, 1, 5], [1] * 12, [8, -3, 4, -1, 4]):
+        for sizes in ([4, 4, 4], [6, 1, 5], [1] * 12, [8, -3, 4, -1, 4])[: 4 if kind in ("ours", "llama") else 3]:
             for kept in ("dynamic", "static")[: 2 if min(sizes) > 0 else 1]:
                 caches = [
                     DynamicCache(config=m.config) if kept == "dynamic" else StaticCache(m.config, max_cache_len=16)
                     for m in models
                 ]
-                for layer in (x for past in caches for x in past.layers if hasattr(x, "activate_past_recording")):
-                    layer.activate_past_recording()
                 results = [chunked(*both, sizes, padded) for both in zip(models, caches, strict=True)]
                 same(*results, MASK if padded else torch.ones_like(MASK))
 
