@@ -203,10 +203,12 @@ def test_autotune_leaves_nothing_of_its_trials(compiled, monkeypatch):
     """A trial that splits the keys, before a final launch that does not: the results are those of the final one."""
     forwards = []
     run = forward.forward_kernel.run
-    monkeypatch.setattr(forward.forward_kernel, "run", lambda *a, **k: (forwards.append(k["out"]), run(*a, **k))[1])
+    monkeypatch.setattr(forward.forward_kernel, "run", lambda *a, **k: (forwards.append(k["part"]), run(*a, **k))[1])
     choices = lambda kind, problem, launch: (launch(tuning.Config(16, 16)), tuning.Config(16, 64))[1]  # noqa: E731
     monkeypatch.setattr(forward, "configuration", choices)
     monkeypatch.setattr(forward, "decode_splits", lambda *facts: 2 if facts[-1] == 16 else 0)
     q = torch.zeros(1, 8, 1, 16, dtype=torch.float16)
-    out = interface.softpick_attn_func(q, q, q)
-    assert len(forwards) == 2 and forwards[0] is not out and forwards[1].data_ptr() == out.data_ptr()
+    with launch.watch_launches() as launches:
+        interface.softpick_attn_func(q, q, q)
+    assert [x.kernel for x in launches] == ["forward_kernel"] * 2  # and nothing is joined
+    assert len(forwards) == 2 and forwards[0] is not None and forwards[1] is None
