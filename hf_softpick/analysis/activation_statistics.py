@@ -72,7 +72,7 @@ class ActivationStatistics:
         by_token = _token_kurtosis(x)
         self.token_kurtosis += by_token.double().sum().item()
         self.uneven_tokens += len(by_token)
-        self.max, self.min = _extreme(max, self.max, high), _extreme(min, self.min, low)
+        self.max, self.min = float(np.maximum(self.max, high)), float(np.minimum(self.min, low))
         self.median += middle * tokens
         top = values[:3].tolist()
         top += [top[-1]] * (3 - len(top))
@@ -98,7 +98,7 @@ class ActivationStatistics:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.moments = self.moments.merged(other.moments)
         self.top3 = [a + b for a, b in zip(self.top3, other.top3, strict=True)]
-        self.max, self.min = _extreme(max, self.max, other.max), _extreme(min, self.min, other.min)
+        self.max, self.min = float(np.maximum(self.max, other.max)), float(np.minimum(self.min, other.min))
         self.largest = heapq.nlargest(1, self.largest + other.largest)
         self.massive_at = heapq.nlargest(KEPT, self.massive_at + other.massive_at)
 
@@ -121,10 +121,6 @@ class ActivationStatistics:
             "massive_at": places[1],
             "largest": places[0][0] if places[0] else None,
         }
-
-
-def _extreme(choose: Any, a: float, b: float) -> float:
-    return math.nan if math.isnan(a) or math.isnan(b) else choose(a, b)
 
 
 class Moments(NamedTuple):

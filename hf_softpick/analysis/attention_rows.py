@@ -220,7 +220,5 @@ def _count_tiles(largest: Tensor) -> tuple[Tensor, Tensor]:
         visible = largest != -math.inf  # NaN is visible, and not empty
         tiles.append(visible.sum((0, 2, 3)))
         empty.append((visible & (largest <= 0)).sum((0, 2, 3)))
-        odd = (0, largest.shape[3] % 2, 0, largest.shape[2] % 2)
-        largest = torch.nn.functional.pad(largest, odd, value=-math.inf)
-        largest = largest.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+        largest = torch.nn.functional.max_pool2d(largest, 2, ceil_mode=True)  # keeps NaN
     return torch.stack(tiles), torch.stack(empty)

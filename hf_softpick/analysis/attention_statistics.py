@@ -48,7 +48,7 @@ def documents_of(rows: int, length: int, position_ids: Tensor | None, real: Tens
     """Sequences as the model sees them: those that position_ids int [B or 1, T] tell, or one a row; real: bool [B, T],
     False = padding."""
     if position_ids is None:
-        position_ids = (torch.ones(rows, length, device=device) if real is None else real).cumsum(-1)
+        position_ids = torch.arange(length, device=device)[None] if real is None else real.cumsum(-1)
     begins = document_begins(position_ids, real).expand(rows, -1)
     first = begins.flatten().nonzero()[:, 0]
     count = len(first)

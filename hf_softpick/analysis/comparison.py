@@ -7,7 +7,7 @@ import datetime
 import itertools
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,7 @@ def gather(sources: Sequence[str | Path], results: Path | None = None) -> dict[s
         "runs": runs,
         "recipe_differences": differences,
         "pair": pair,
-        "warnings": [
-            *_pair_warnings(pair),
-            *_undertrained_warnings(runs, pair),
-            *_run_warnings(runs),
-            *_mixed_conditions(runs),
-        ],
+        "warnings": [*_pair_warnings(runs, pair), *_run_warnings(runs), *_mixed_conditions(runs)],
     }
 
 
@@ -147,9 +142,8 @@ def choose_pair(runs: Sequence[dict[str, Any]], differences: list[dict[str, Any]
     def scaled(run: dict[str, Any]) -> bool:
         return NORMALIZERS[run["normalizer"]].scaled
 
-    def order(runs: tuple[dict[str, Any], dict[str, Any]]) -> tuple[int, bool, bool]:
-        without = any(run["recipe"] is None for run in runs)
-        return len(others(*runs)), scaled(runs[0]) != scaled(runs[1]), without
+    def order(pair: tuple[dict[str, Any], dict[str, Any]]) -> tuple[int, bool, bool]:
+        return len(others(*pair)), len(set(map(scaled, pair))) > 1, any(run["recipe"] is None for run in pair)
 
     pairs = sorted(itertools.product(picks, baselines), key=order)
     first, base = pairs[0] if pairs else (next(iter(side), {"label": None}) for side in (picks, baselines))
@@ -185,12 +179,6 @@ def undertrained(run: dict[str, Any]) -> str | None:
     )
 
 
-def _undertrained_warnings(runs: list[dict[str, Any]], pair: dict[str, Any]) -> list[str]:
-    judged = (pair["softpick"], pair["softmax"]) if pair["softpick"] else ()
-    found = [(run["label"] in judged, reason) for run in runs if (reason := undertrained(run))]
-    return [f"{reason} No claim is judged." if matters else reason for matters, reason in found]
-
-
 def equal_groups(keys: Sequence[Hashable | None]) -> list[list[int]]:
     """Places of equal keys, at least two a group: what may be ranked among itself. None belongs to no group."""
     groups: dict[Hashable, list[int]] = {}
@@ -213,43 +201,36 @@ def ranked_among(kind: str, runs: Sequence[dict[str, Any]]) -> str:
     return f"ranked only among {'; among '.join(groups)}" if groups else "not ranked"
 
 
-def _pair_warnings(pair: dict[str, Any]) -> list[str]:
-    if pair["softpick"] is None or pair["softmax"] is None:
-        return []
+def _pair_warnings(runs: list[dict[str, Any]], pair: dict[str, Any]) -> Iterator[str]:
     names = f"{pair['softpick']} and {pair['softmax']}"
-    if pair["other_differences"]:
-        keys = ", ".join(pair["other_differences"])
-        return [f"{names} differ in more than the normalizer: {keys}. No contrast between them is judged."]
-    if pair["unknown"]:
-        return [f"It cannot be checked that {names} differ in the normalizer alone: {pair['unknown']}."]
-    return []
+    if None not in (pair["softpick"], pair["softmax"]):
+        if pair["other_differences"]:
+            keys = ", ".join(pair["other_differences"])
+            yield f"{names} differ in more than the normalizer: {keys}. No contrast between them is judged."
+        elif pair["unknown"]:
+            yield f"It cannot be checked that {names} differ in the normalizer alone: {pair['unknown']}."
+    for run in runs:
+        if reason := undertrained(run):
+            judged = pair["softpick"] and run["label"] in (pair["softpick"], pair["softmax"])
+            yield f"{reason} No claim is judged." if judged else reason
 
 
-def _mixed_conditions(runs: list[dict[str, Any]]) -> list[str]:
-    found = []
+def _mixed_conditions(runs: list[dict[str, Any]]) -> Iterator[str]:
     for kind in KINDS:
         if reason := mismatch(kind, runs):
-            found.append(
-                f"{kind} was measured under different conditions and is {ranked_among(kind, runs)}: {reason}."
-            )
-    vocabularies = {run["label"]: run["model"].get("vocab_size") for run in runs if run["model"].get("vocab_size")}
-    if len(set(vocabularies.values())) > 1:
-        found.append(
-            "The vocabularies differ (" + ", ".join(f"{k} {v:,}" for k, v in vocabularies.items()) + "): losses per "
-            "token cannot be compared."
-        )
-    return found
+            yield f"{kind} was measured under different conditions and is {ranked_among(kind, runs)}: {reason}."
+    sizes = {run["label"]: run["model"].get("vocab_size") for run in runs if run["model"].get("vocab_size")}
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{label} {size:,}" for label, size in sizes.items())
+        yield f"The vocabularies differ ({shown}): losses per token cannot be compared."
 
 
-def _run_warnings(runs: list[dict[str, Any]]) -> list[str]:
-    found = []
+def _run_warnings(runs: list[dict[str, Any]]) -> Iterator[str]:
     for run in runs:
         if run["is_run"] and (run["finished"] is None or not run["has_model"]):
-            found.append(f"{run['label']} has not finished; its figures are those of an unfinished run.")
-        found += [f"{run['label']}: {reason}" for reason in run["stale"].values()]
+            yield f"{run['label']} has not finished; its figures are those of an unfinished run."
+        yield from (f"{run['label']}: {reason}" for reason in run["stale"].values())
         if run["curves"] and run["curves"]["nonfinite"]:
-            found.append(f"{run['label']}: {run['curves']['nonfinite']} log lines have a loss that is not finite.")
-        bad = sum(item.get("count", 0) for item in (run["statistics"] or {}).get("nonfinite", []))
-        if bad:
-            found.append(f"{run['label']}: {bad:,} values inside it are not finite; figures there are not numbers.")
-    return found
+            yield f"{run['label']}: {run['curves']['nonfinite']} log lines have a loss that is not finite."
+        if bad := sum(item.get("count", 0) for item in (run["statistics"] or {}).get("nonfinite", [])):
+            yield f"{run['label']}: {bad:,} values inside it are not finite; figures there are not numbers."

@@ -171,7 +171,13 @@ def evaluate_tasks(
     """
     lm = harness(loaded, batch_size)
     result: dict[str, Any] = {
-        "bos": _describe_bos(lm, loaded),
+        "bos": {
+            "add_bos_token": loaded.add_bos,
+            "source": f"tokenizer of {loaded.path}",
+            "prefix_token": lm.tokenizer.convert_ids_to_tokens(lm.prefix_token_id),
+            "prefix_token_id": lm.prefix_token_id,
+            "rolling_doubles_bos": _doubles_bos(lm),
+        },
         "batch_size": lm.batch_size,
         "batch_size_from": "found" if batch_size is None else "given",
         "max_length": lm.max_length,
@@ -232,16 +238,6 @@ def _offline(wanted: bool) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-def _describe_bos(lm: "HFLM", loaded: LoadedModel) -> dict[str, Any]:
-    return {
-        "add_bos_token": loaded.add_bos,
-        "source": f"tokenizer of {loaded.path}",
-        "prefix_token": lm.tokenizer.convert_ids_to_tokens(lm.prefix_token_id),
-        "prefix_token_id": lm.prefix_token_id,
-        "rolling_doubles_bos": _doubles_bos(lm),
-    }
 
 
 def _doubles_bos(lm: "HFLM") -> bool:

@@ -4,6 +4,7 @@ The task is that of Mohtashami and Jaggi (arXiv 2305.16300). Prompts are the sam
 depth, sample and seed; the tokenizer is only read, never extended.
 """
 
+import bisect
 import itertools
 import random
 import re
@@ -102,20 +103,16 @@ def build_prompt(
         text = _text(words, start, depth, keys[0])
         return text, encode(tokenizer, text, add_bos)
 
-    fits, limit = candidate(0), length - room
-    if len(fits[1]) > limit:
-        raise TooShort(f"a prompt without filler has {len(fits[1])} tokens, and {room} are kept for the answer")
+    def size(words: int) -> int:
+        return len(candidate(words)[1])
+
+    if (shortest := size(0)) > length - room:
+        raise TooShort(f"a prompt without filler has {shortest} tokens, and {room} are kept for the answer")
     least, most = 0, 64
-    while len((longer := candidate(most))[1]) <= limit:
-        fits, least, most = longer, most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        longer = candidate(middle)
-        if len(longer[1]) <= limit:
-            fits, least = longer, middle
-        else:
-            most = middle
-    return Prompt(*fits, keys[0], keys[1:], depth)
+    while size(most) <= length - room:
+        least, most = most, 2 * most
+    too_many = bisect.bisect_right(range(most), length - room, lo=least + 1, key=size)
+    return Prompt(*candidate(too_many - 1), keys[0], keys[1:], depth)
 
 
 def _key(draw: random.Random) -> str:

@@ -1,6 +1,7 @@
 """Sections of a comparison about the inside of the models: sinks, maps, hidden states, sparsity."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from hf_softpick.analysis.claims import largest
@@ -165,12 +166,9 @@ def _by_layer(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]
     ]
 
 
-def _mean_heads(name: str) -> Callable[[dict[str, Any]], float | None]:
-    def mean(layer: dict[str, Any]) -> float | None:
-        values = [v for v in map(finite, layer["heads"].get(name, [])) if v is not None]
-        return sum(values) / len(values) if values else None
-
-    return mean
+def _mean_heads(name: str, layer: dict[str, Any]) -> float | None:
+    values = [v for v in map(finite, layer["heads"].get(name, [])) if v is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _layer_table(caption: str, names: Sequence[str], series: Sequence[Sequence[Series]], show: Callable) -> Table:
@@ -219,8 +217,8 @@ def sparsity(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     if not any(run["statistics"] for run in runs):
         return
     yield statistics_table("Sparsity, mean over layers and heads", SPARSITY_ROWS, runs)
-    exact, small = _by_layer(runs, _mean_heads("sparsity")), _by_layer(runs, _mean_heads("sparsity_small"))
-    tiles = _by_layer(runs, _mean_heads("empty_tiles_64"))
+    quantities = ("sparsity", "sparsity_small", "empty_tiles_64")
+    exact, small, tiles = (_by_layer(runs, partial(_mean_heads, name)) for name in quantities)
     share = "share of weights"
     drawings = [
         ("Exactly 0", line_chart("Share of weights exactly 0", exact, "layer", share, from_zero=True, dots=True)),

@@ -94,16 +94,11 @@ def _unequal(runs: Sequence[dict[str, Any]]) -> str | None:
     return f"differ in {', '.join(keys)}" if keys else None
 
 
-def _text_values(run: dict[str, Any]) -> dict[str, Any]:
-    """Of the recipe, what decides which tokens the losses are of."""
-    recipe = run["recipe"] or {}
-    return {k: v for k, v in recipe.items() if k.startswith(("data.", "tokenizer.")) and changes_training(k)}
-
-
 def _condition(run: dict[str, Any]) -> str | None:
-    """Equal for runs whose losses may be ranked; None for a model without curves."""
-    curves = run["curves"]
-    return json.dumps([curves["last_step"], _text_values(run)], sort_keys=True) if curves else None
+    """Equal for runs whose losses may be ranked: as many steps, the same tokens; None for a model without curves."""
+    read = {k: v for k, v in (run["recipe"] or {}).items() if k.startswith(("data.", "tokenizer."))}
+    read = {k: v for k, v in read.items() if changes_training(k)}
+    return json.dumps([run["curves"]["last_step"], read], sort_keys=True) if run["curves"] else None
 
 
 def _apart(values: list[dict[str, Any]]) -> bool:

@@ -56,7 +56,9 @@ svg.mark { display: inline-block; vertical-align: middle; margin-right: 6px; }
 .dot.hollow { fill: var(--page); }
 .heat { fill: var(--heat); stroke: var(--line); stroke-width: .5; }
 .bad { fill: var(--bad); } .bar { fill: var(--bar); }
-RUNS
+.c0 { --run: var(--c0); } .c1 { --run: var(--c1); } .c2 { --run: var(--c2); }
+.c3 { --run: var(--c3); } .c4 { --run: var(--c4); } .c5 { --run: var(--c5); }
+.line, .dot { stroke: var(--run); } .dot:not(.hollow), .hover { fill: var(--run); }
 code, pre { font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 pre { background: var(--panel); padding: 8px 12px; overflow-x: auto; margin: 8px 0; max-width: 100%;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -71,11 +73,4 @@ footer { color: var(--soft); font-size: .85rem; padding-top: 24px; padding-botto
   .claims td:not(.verdict)::before { content: attr(data-label) ": "; color: var(--soft); }
 }
 @media print { .scroll { overflow: visible; } nav { display: none; } }
-""".replace(
-    "RUNS",
-    "\n".join(
-        f".line.c{i} {{ stroke: var(--c{i}); }} .dot.c{i} {{ stroke: var(--c{i}); }} .dot.c{i}:not(.hollow), "
-        f".hover.c{i} {{ fill: var(--c{i}); }}"
-        for i in range(6)
-    ),
-)
+"""

@@ -86,7 +86,7 @@ def gather_run(source: str | Path, results: Path | None = None) -> dict[str, Any
         "recipe": read_recipe(folder / "recipe.yaml") if folder else None,
         "finished": finished,
         "environment": (launches(folder / "environment.json") or [None])[-1] if folder else None,
-        "curves": curves(read_metrics(folder / "metrics.jsonl")) if folder else None,
+        "curves": curves(read_json_lines(folder / "metrics.jsonl")) if folder else None,
         **records,
         "files": {kind: str(file) if file else None for kind, file in found.items()},
     }
@@ -136,11 +136,6 @@ def _flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl that can be read; a line cut off by a crash is left out."""
-    return [record for record in read_json_lines(path) if isinstance(record.get("step"), int)]
-
-
 def curves(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Loss curves of at most MAX_POINTS points (means of equal stretches), and what a run cost.
 
@@ -151,6 +146,7 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any]:
         statistics: {name: [[step, value], ...]} of WHILE_TRAINING, finite values alone; untrained_sparsity: the share
         of weights that are exactly 0 at step 0, or None.
     """
+    records = [record for record in records if isinstance(record.get("step"), int)]
     lines = {key: {r["step"]: number(r[key]) for r in records if key in r} for key in ("loss", "eval_loss")}
     train, evaluated = (
         [[step, loss] for step, loss in sorted(lines[key].items()) if finite(loss) is not None] for key in lines

@@ -202,13 +202,10 @@ def _texts(settings: SourceSettings, tokens: int, reverse: bool) -> Iterator[tup
     """Different documents of a source in the order of a hash; of a source beyond the bound, a part of every shard."""
     limit = max(CANDIDATE_CHARACTERS, _CHARACTERS_A_TOKEN * tokens)
     texts = sample_texts(open_sources([settings]), limit)
-    found = {_hash(text): text for text in texts if not text.isspace()}
+    encoded = ((text, text.encode(errors="surrogatepass")) for text in texts if not text.isspace())
+    found = {blake2b(content, digest_size=16, key=b"samples").digest(): text for text, content in encoded}
     for key in sorted(found, reverse=reverse):
         yield found[key], True
-
-
-def _hash(text: str) -> bytes:
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=16, key=b"samples").digest()
 
 
 def _encoded(

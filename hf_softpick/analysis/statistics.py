@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ THRESHOLDS = {
     "massive_ratio": MASSIVE_RATIO,
 }
 KINDS = ("first", "first4", "any")
+SIZES = ("rows", "sequences", "tokens", "row_length", "sink_sequences", "min_sink_tokens")
 
 
 class ModelStatistics:
@@ -122,13 +124,9 @@ class ModelStatistics:
     def sink_rates(self) -> dict[str, dict[str, float]]:
         """Share of (sequence, layer, head) above each epsilon; "nan" where no sequence is long enough."""
         counts, total = zip(*(layer.sink_counts() for layer in self.attention), strict=True)
-        rates = (
-            torch.stack(counts).sum(0) / sum(total) if sum(total) else torch.full((3, len(SINK_EPSILONS)), math.nan)
-        )
-        return {
-            kind: {str(epsilon): value for epsilon, value in zip(SINK_EPSILONS, row.tolist(), strict=True)}
-            for kind, row in zip(KINDS, rates, strict=True)
-        }
+        rates = torch.stack(counts).sum(0) / (sum(total) or math.nan)
+        names = list(map(str, SINK_EPSILONS))
+        return {kind: dict(zip(names, row, strict=True)) for kind, row in zip(KINDS, rates.tolist(), strict=True)}
 
     def nonfinite(self) -> list[dict[str, Any]]:
         """Layers and parts with NaN or Inf, in the order of the forward pass."""
@@ -164,14 +162,7 @@ class ModelStatistics:
                 for place in filter(None, [part["largest"], *part["massive_at"]]):
                     place["token"] = _token(tokenizer, rows, place)
         return {
-            "data": {
-                "rows": self.rows,
-                "sequences": self.sequences,
-                "tokens": self.tokens,
-                "row_length": self.row_length,
-                "sink_sequences": self.sink_sequences,
-                "min_sink_tokens": self.min_sink_tokens,
-            },
+            "data": {name: getattr(self, name) for name in SIZES},
             "thresholds": THRESHOLDS,
             "sink_rate": rates,
             "summary": _summary(heads, [parts["hidden"] for parts in outputs], rates),
@@ -196,6 +187,8 @@ def measure(
 
 
 def _summary(heads: list[dict], hidden: list[dict], rates: dict[str, dict[str, float]]) -> dict[str, float]:
+    """NaN is neither left out of a mean nor of an extreme."""
+
     def mean(name: str) -> float:
         values = [value for layer in heads for value in layer[name]]
         return sum(values) / len(values)
@@ -211,15 +204,11 @@ def _summary(heads: list[dict], hidden: list[dict], rates: dict[str, dict[str, f
         **{name: mean(name) for name in (*names, "entropy", "distance")},
         "dormant_heads": sum(sum(layer["dormant"]) for layer in heads),
         "kurtosis": sum(kurtosis) / len(kurtosis),
-        "kurtosis_max": _largest(kurtosis),
-        "hidden_max": _largest([layer["max"] for layer in hidden]),
-        "hidden_min": -_largest([-layer["min"] for layer in hidden]),
+        "kurtosis_max": float(np.max(kurtosis)),
+        "hidden_max": float(np.max([layer["max"] for layer in hidden])),
+        "hidden_min": float(np.min([layer["min"] for layer in hidden])),
         "massive_activations": sum(layer["massive"] for layer in hidden),
     }
-
-
-def _largest(values: list[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _token(tokenizer: PreTrainedTokenizerBase | None, rows: Sequence[Tensor], place: dict[str, Any]) -> str | None:
