@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import add_model_arguments, add_sample_arguments, at_least, check_text, load, report_folder, samples_for
+from common import add_model_arguments, add_number, add_sample_arguments, check_text, load, report_folder, samples_for
 
 from hf_softpick.commands import exit_code
 
@@ -22,14 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, measure, print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_model_arguments(parser)
-    parser.add_argument("--batch-size", type=at_least(1), default=1, metavar="N", help="rows (default 1)")
-    parser.add_argument(
-        "--min-sink-tokens",
-        type=at_least(1),
-        default=32,
-        metavar="N",
-        help="shorter documents do not count for sinks (default 32)",
-    )
+    add_number(parser, "--batch-size", "rows", default=1)
+    add_number(parser, "--min-sink-tokens", "shorter documents do not count for sinks", default=32)
     add_sample_arguments(parser)
     options = parser.parse_args(arguments)
     return exit_code(lambda: _run(options), debug=options.debug)

@@ -1,6 +1,7 @@
 """What the measuring commands of this folder share: options for models and text, the place of results.
 
     parser = argparse.ArgumentParser(...)
+    add_number(parser, "--limit", "documents")       an option that takes an integer
     add_sample_arguments(parser)                     --data, --split, --text-column, --data-name, --seq-len, --samples
     add_model_arguments(parser)                      MODEL..., --out, --device, --dtype, --attn-implementation, ...
     options = parser.parse_args(arguments)
@@ -57,13 +58,17 @@ def add_sample_arguments(parser: argparse.ArgumentParser, samples: int = 32) -> 
     group.add_argument("--data-name", metavar="NAME", help="configuration of a Hub data set")
     group.add_argument("--split", default="train", help="split of a Hub data set (default train)")
     group.add_argument("--text-column", default="text", metavar="NAME", help="default text")
-    group.add_argument(
-        "--seq-len",
-        type=at_least(2),
-        metavar="N",
-        help=f"tokens of a row; default the recipe's, else {DEFAULT_SEQ_LEN} or what the model can read",
-    )
-    group.add_argument("--samples", type=at_least(1), default=samples, metavar="N", help=f"rows (default {samples})")
+    length = f"tokens of a row; default the recipe's, else {DEFAULT_SEQ_LEN} or what the model can read"
+    add_number(group, "--seq-len", length, least=2)
+    add_number(group, "--samples", "rows", default=samples)
+
+
+def add_number(
+    parser: Any, name: str, help: str, *, least: int = 1, most: int | None = None, default: int | None = None
+) -> None:
+    """An option that takes an integer from `least` to `most`; its help ends with its default, where it has one."""
+    told = "" if default is None else f" (default {default})"
+    parser.add_argument(name, type=at_least(least, most), default=default, metavar="N", help=help + told)
 
 
 def at_least(smallest: int, largest: int | None = None) -> Callable[[str], int]:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import at_least
+from common import add_number
 
 from hf_softpick.commands import exit_code
 from hf_softpick.errors import DataError, RecipeError, StorageError, UserError
@@ -41,21 +41,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; model folders or Hub ids have no curves")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the report")
     parser.add_argument("--results", metavar="DIR", help="look for results in DIR/NAME/ before the runs' report/")
-    parser.add_argument(
-        "--measure",
-        metavar="KINDS",
-        type=_kinds,
-        default=(),
-        help=f"measure first, comma-separated: {', '.join(SCRIPTS)}",
-    )
+    first = f"measure first, comma-separated: {', '.join(SCRIPTS)}"
+    parser.add_argument("--measure", metavar="KINDS", type=_kinds, default=(), help=first)
     text = parser.add_argument_group("text", "the same for all, with --measure statistics or quantization")
     text.add_argument(
         "--data",
         metavar="RECIPE|FILE|DATASET",
         help="default each run's recipe; if a model has no run, the first run's for all",
     )
-    text.add_argument("--seq-len", type=at_least(2), metavar="N", help="tokens of a row; default the recipe's")
-    text.add_argument("--samples", type=at_least(1), metavar="N", help="rows")
+    add_number(text, "--seq-len", "tokens of a row; default the recipe's", least=2)
+    add_number(text, "--samples", "rows")
     maps = parser.add_argument_group("attention maps")
     maps.add_argument("--text", help="short text that the maps are drawn of")
     maps.add_argument(

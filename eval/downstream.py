@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import add_model_arguments, at_least, load, report_folder
+from common import add_model_arguments, add_number, load, report_folder
 
 from hf_softpick.commands import exit_code
 from hf_softpick.errors import DataError
@@ -41,11 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--include-path", action="append", default=[], metavar="DIR", help="more task files of lm-eval"
     )
     parser.add_argument("--metadata", type=_json_object, metavar="JSON", help="for tasks that build their data")
-    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="sequences; default one that fits")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="documents of each task, for trials")
-    parser.add_argument(
-        "--num-fewshot", type=at_least(0), metavar="N", help="examples in the prompt; default the task's"
-    )
+    add_number(parser, "--batch-size", "sequences; default one that fits")
+    add_number(parser, "--limit", "documents of each task, for trials")
+    add_number(parser, "--num-fewshot", "examples in the prompt; default the task's", least=0)
     options = parser.parse_args(arguments)
     return exit_code(lambda: _run(options), debug=options.debug)
 

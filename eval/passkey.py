@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import add_model_arguments, at_least, load, report_folder
+from common import add_model_arguments, add_number, at_least, load, report_folder
 
 from hf_softpick.commands import exit_code
 from hf_softpick.files import write_json
@@ -30,16 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=_list_of(at_least(1)), metavar="N,...", help="tokens")
     parser.add_argument("--depths", type=_list_of(_share), default=None, metavar="X,...", help="from 0 to 1")
     parser.add_argument("--beyond", action="store_true", help="allow lengths beyond the trained one")
-    parser.add_argument("--samples", type=at_least(1), default=10, metavar="N", help="prompts a cell (default 10)")
-    parser.add_argument(
-        "--distractors",
-        type=at_least(1, MOST_DISTRACTORS),
-        default=9,
-        metavar="N",
-        help="other numbers to choose from (default 9)",
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of numbers and filler (default 0)")
-    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help="prompts at once; default what fits")
+    add_number(parser, "--samples", "prompts a cell", default=10)
+    add_number(parser, "--distractors", "other numbers to choose from", most=MOST_DISTRACTORS, default=9)
+    add_number(parser, "--seed", "of numbers and filler", least=0, default=0)
+    add_number(parser, "--batch-size", "prompts at once; default what fits")
     options = parser.parse_args(arguments)
     return exit_code(lambda: _run(options), debug=options.debug)
 

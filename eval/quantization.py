@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import add_model_arguments, add_sample_arguments, at_least, check_text, load, report_folder, samples_for
+from common import add_model_arguments, add_number, add_sample_arguments, check_text, load, report_folder, samples_for
 
 from hf_softpick.commands import exit_code
 
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--formats", nargs="+", default=["all"], metavar="NAME", help="for example quanto-int4 bnb-nf4; default all"
     )
     parser.add_argument("--tasks", metavar="NAME,...", help="tasks of lm-eval to evaluate in every format too")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="documents of each task, for trials")
-    parser.add_argument("--batch-size", type=at_least(1), default=4, metavar="N", help="rows (default 4)")
+    add_number(parser, "--limit", "documents of each task, for trials")
+    add_number(parser, "--batch-size", "rows", default=4)
     add_sample_arguments(parser)
     options = parser.parse_args(arguments)
     return exit_code(lambda: _run(options), debug=options.debug)
