@@ -8,6 +8,7 @@ apart that write no number.
 import itertools
 import os.path
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,13 @@ def passkey_grid(
 
     chosen = choose_lengths(loaded, lengths, beyond)
     room = answer_tokens(loaded.tokenizer, loaded.model.get_input_embeddings().num_embeddings)
+    shared = {"room": room, "distractors": distractors, "seed": seed}
+    build = partial(build_prompt, loaded.tokenizer, loaded.add_bos, **shared)
     grid: list[tuple[int, list[list[Prompt]]]] = []
     refused = []
     for length in chosen:
         try:
-            cells = _prompts(loaded, length, depths, room, samples=samples, distractors=distractors, seed=seed)
+            cells = [[build(length, depth, sample=sample) for sample in range(samples)] for depth in depths]
             grid.append((length, cells))
         except TooShort as error:
             refused.append({"length": length, "reason": str(error)})
@@ -144,15 +147,6 @@ def passkey_grid(
                 result[name].append(row)
             after_length(result)
     return result
-
-
-def _prompts(
-    loaded: LoadedModel, length: int, depths: Sequence[float], room: int, samples: int, **options: int
-) -> list[list[Prompt]]:
-    def build(depth: float, sample: int) -> Prompt:
-        return build_prompt(loaded.tokenizer, loaded.add_bos, length, depth, room, sample=sample, **options)
-
-    return [[build(depth, sample) for sample in range(samples)] for depth in depths]
 
 
 def _padded(rows: Iterable[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:

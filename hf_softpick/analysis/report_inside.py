@@ -155,15 +155,12 @@ def maps(comparison: dict[str, Any]) -> Iterator[Table | Figure | Text]:
 
 
 def _by_layer(runs: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> list[Series]:
-    return [
-        Series(
-            run["label"],
-            i,
-            [(layer["layer"], y) for layer in run["statistics"]["layers"] if (y := finite(value(layer))) is not None],
-        )
-        for i, run in enumerate(runs)
-        if run["statistics"]
-    ]
+    series = []
+    for i, run in enumerate(runs):
+        layers = (run["statistics"] or {}).get("layers", [])
+        points = [(layer["layer"], y) for layer in layers if (y := finite(value(layer))) is not None]
+        series += [Series(run["label"], i, points)] if run["statistics"] else []
+    return series
 
 
 def _mean_heads(name: str, layer: dict[str, Any]) -> float | None:
@@ -196,11 +193,9 @@ def activations(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     rows = []
     for run in runs:
         layers = (run["statistics"] or {}).get("layers", [])
-        found = [
-            (abs(v), layer) for layer in layers if (v := finite(lookup(layer, "hidden.largest.value"))) is not None
-        ]
-        if found:
-            layer = max(found, key=lambda item: item[0])[1]
+        values = [finite(lookup(layer, "hidden.largest.value")) for layer in layers]
+        if found := [(abs(v), -i) for i, v in enumerate(values) if v is not None]:
+            layer = layers[-max(found)[1]]
             place = layer["hidden"]["largest"]
             token = visible(str(place["token"])) if place.get("token") is not None else "\u2013"
             numbers = [plain_number(place.get(key)) for key in ("value", "channel", "position")]

@@ -37,11 +37,7 @@ def training(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
         yield Text("Not measured: no run has a metrics.jsonl with losses.")
         return
     drawings = [("Loss", chart)]
-    late = [
-        s._replace(points=[p for p in s.points if p[0] >= 0.5 * max(x for x, _ in s.points)])
-        for s in lines
-        if s.points
-    ]
+    late = [s._replace(points=[p for p in s.points if p[0] >= 0.5 * s.points[-1][0]]) for s in lines if s.points]
     if max(len(s.points) for s in late) > 2:
         drawings.append(("Second half", line_chart("Loss, second half", late, "step", "loss (nats per token)")))
     yield Figure("Training loss (line) and validation loss (circles).", drawings, runs=True)
@@ -126,25 +122,19 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     if not any(run["quantization"] for run in runs):
         return
     measured = [measured_formats(run) for run in runs]
-    stored = [{name: finite(item.get("bits_per_weight")) for name, item in found.items()} for found in measured]
     bits = {name: finite(item.get("bits")) or 0 for found in measured for name, item in found.items()}
     order = sorted(bits, key=lambda name: (-bits[name], name))
-    lines = []
+    lines, scatter = [], []
     for i, (run, found) in enumerate(zip(runs, measured, strict=True)):
-        points = [
-            (x, y)
-            for x, name in enumerate(order)
-            if (y := finite(found.get(name, {}).get("loss_increase"))) is not None
-        ]
-        lines.append(Series(run["label"], i, points))
+        losses = {name: finite(found[name].get("loss_increase")) for name in order if name in found}
+        losses = {name: y for name, y in losses.items() if y is not None}
+        lines.append(Series(run["label"], i, [(order.index(name), y) for name, y in losses.items()]))
+        known = [(finite(found[name].get("bits_per_weight")), y, name) for name, y in losses.items()]
+        known = sorted(item for item in known if item[0] is not None)
+        scatter.append(Series(run["label"], i, [item[:2] for item in known], names=[item[2] for item in known]))
     names = [f"{name} ({bits[name]:g} bit)" if str(int(bits[name])) not in name else name for name in order]
     title = "Loss increase by format, from many bits to few"
     chart = line_chart(title, lines, "format", "loss increase (nats)", x_names=names, from_zero=True, dots=True)
-    scatter = []
-    for i, (run, found, sizes) in enumerate(zip(runs, measured, stored, strict=True)):
-        known = [(sizes[name], finite(found[name].get("loss_increase")), name) for name in order if name in found]
-        known = sorted(item for item in known if None not in item)
-        scatter.append(Series(run["label"], i, [item[:2] for item in known], names=[item[2] for item in known]))
     heading, axis = "By bits stored for a weight", "bits stored per weight"
     label = f"Loss increase {heading.lower()}, scales included"
     plot = line_chart(label, scatter, axis, "loss increase (nats)", from_zero=True, dots=True)
@@ -167,7 +157,7 @@ def quantization(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     caption = f"Loss in nats per token; a side is marked if it leads by more than {tie}"
     yield Table(caption, ["", *(run["label"] for run in runs)], rows)
     rows = [[name, *(_size(found.get(name)) for found in measured)] for name in order]
-    if any(size is not None for sizes in stored for size in sizes.values()):
+    if any(cell != "\u2013" for _, *cells in rows for cell in cells):
         caption = "Bits stored for a quantized weight, scales included, and share of all parameters that is quantized"
         yield Table(caption, ["Format", *(run["label"] for run in runs)], rows)
 
@@ -203,11 +193,9 @@ def downstream(runs: list[dict[str, Any]]) -> Iterator[Table | Figure | Text]:
     tasks = dict.fromkeys(task for run in runs for task in (run["downstream"] or {}).get("tasks", {}))
     rows = []
     for task in tasks:
-        results = [lookup(run["downstream"], "tasks") or {} for run in runs]
-        results = [found.get(task) or {} for found in results]
+        results = [(lookup(run["downstream"], "tasks") or {}).get(task) or {} for run in runs]
         metrics = dict.fromkeys(metric for found in results for metric in found.get("metrics", {}))
-        for metric in metrics:
-            rows.append(_task_row(f"{task}, {metric}", metric, results, groups))
+        rows += [_task_row(f"{task}, {metric}", metric, results, groups) for metric in metrics]
         if any("error" in found for found in results):
             rows.append([f"{task}, not measured", "\u2013", *(str(found.get("error", "\u2013")) for found in results)])
     caption = "Value and standard error; a side is marked if it leads by more than twice the joint standard error"
@@ -221,24 +209,19 @@ def _task_row(label: str, metric: str, results: list[dict[str, Any]], groups: li
     items = [found.get("metrics", {}).get(metric, {}) for found in results]
     values, errors = [finite(i.get("value")) for i in items], [finite(i.get("stderr")) for i in items]
     samples = dict.fromkeys(found.get("samples") for found in results if found.get("metrics"))
-    fields = ("version", "num_fewshot", "samples")
-    conditions = [str([found.get(name) for name in fields]) for found in results]
+    conditions = [str([found.get(name) for name in ("version", "num_fewshot", "samples")]) for found in results]
     higher = next((i["higher_is_better"] for i in items if i.get("higher_is_better") is not None), None)
     usable = {place for group in groups for place in group}
     best = set()
-    for group in equal_groups(
-        [c if i in usable and values[i] is not None else None for i, c in enumerate(conditions)]
-    ):
+    keys = [c if i in usable and values[i] is not None else None for i, c in enumerate(conditions)]
+    for group in equal_groups(keys):
         first, second = sorted(group, key=values.__getitem__, reverse=bool(higher))[:2]
         known = higher is not None and None not in (errors[first], errors[second])
         if known and abs(values[first] - values[second]) > 2 * math.hypot(errors[first], errors[second]):
             best.add(first)
-    texts = [
-        brief(v) + (f" \u00b1 {brief(e)}" if v is not None and e is not None else "")
-        for v, e in zip(values, errors, strict=True)
-    ]
+    errors = ["" if None in pair else f" \u00b1 {brief(pair[1])}" for pair in zip(values, errors, strict=True)]
     count = " / ".join(plain_number(n) for n in samples) or "\u2013"
-    return [label, count, *(Cell(text, i in best) for i, text in enumerate(texts))]
+    return [label, count, *(Cell(brief(v) + errors[i], i in best) for i, v in enumerate(values))]
 
 
 GRIDS = (("accuracy", "Share of keys written out"), ("choice_accuracy", "Share of keys preferred among distractors"))

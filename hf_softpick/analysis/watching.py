@@ -42,12 +42,8 @@ def decoder_blocks(model: PreTrainedModel) -> list[Block]:
     Raises:
         ValueError: no list of modules has an attention in each of its elements.
     """
-    found: list[list[Block]] = []
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            blocks = [_block(layer) for layer in module]
-            if all(block is not None for block in blocks):
-                found.append(blocks)
+    lists = ([_block(layer) for layer in part] for part in model.modules() if isinstance(part, nn.ModuleList))
+    found = [blocks for blocks in lists if blocks and None not in blocks]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no list of layers with an attention in each, so its layers cannot be told "
