@@ -38,13 +38,8 @@ class Contents:
         found = {file: self._trusted(file) for file in files}
         missing = [file for file, digest in found.items() if digest is None]
         if missing:
-            from tqdm.auto import tqdm
-
             total = sum(file.stat().st_size for file in missing)
-            bar = tqdm(
-                total=total, desc="Reading", unit="B", unit_scale=True, disable=not self.progress, leave=False, delay=1
-            )
-            with self._changing(), bar:
+            with self._changing(), progress_bar(total, "Reading", "B", self.progress, delay=1) as bar:
                 for file in missing:
                     found[file] = self._trusted(file) or self._read(file)
                     bar.update(file.stat().st_size)
@@ -97,6 +92,13 @@ class Contents:
                 write_text(self.path, json.dumps(self.known))
         finally:
             lock.release()
+
+
+def progress_bar(total: int, what: str, unit: str, shown: bool, **options: float) -> Any:
+    """A bar of tqdm that goes away at its end; `options` are tqdm's."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=not shown, leave=False, **options)
 
 
 def _state(stat: os.stat_result) -> tuple[str, list[int]]:

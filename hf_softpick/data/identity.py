@@ -36,7 +36,7 @@ def identity_of(
     contents: Contents,
 ) -> dict[str, Any]:
     """All that the rows depend on: of sources and tokenizer what they hold, not where they lie or since when."""
-    identity: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "data": data.model_dump(mode="json", exclude={"cache_dir", "num_proc", "sources"}),
         "tokenizer": settings.model_dump(mode="json", exclude={"from_", "revision"}),
@@ -44,10 +44,8 @@ def identity_of(
             [source.settings.model_dump(include=_OF_EACH_DOCUMENT), fingerprint(source.content(contents))]
             for source in sources
         ],
+        **_tokenizer_content(tokenizer),
     }
-    if tokenizer is not None:
-        identity["tokenizer_content"] = _tokenizer_content(tokenizer)
-    return identity
 
 
 def older_name(
@@ -55,20 +53,21 @@ def older_name(
 ) -> str:
     """What format 2 called the folder: it took sources by path, size and time."""
     listed = [source.model_dump(mode="json", include=_FORMAT_2["source"]) for source in data.sources]
-    identity: dict[str, Any] = {
+    identity = {
         "format": 2,
         "data": data.model_dump(mode="json", include=_FORMAT_2["data"]) | {"sources": listed},
         "tokenizer": settings.model_dump(mode="json", include=_FORMAT_2["tokenizer"]),
         "sources": [fingerprint([shard.origin for shard in source.shards]) for source in sources],
+        **_tokenizer_content(tokenizer),
     }
-    if tokenizer is not None:
-        identity["tokenizer_content"] = _tokenizer_content(tokenizer)
     return f"packed-{fingerprint(identity)}"
 
 
-def _tokenizer_content(tokenizer: "PreTrainedTokenizerFast") -> str:
+def _tokenizer_content(tokenizer: "PreTrainedTokenizerFast | None") -> dict[str, str]:
+    if tokenizer is None:
+        return {}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return fingerprint([tokenizer.backend_tokenizer.to_str(), special])
+    return {"tokenizer_content": fingerprint([tokenizer.backend_tokenizer.to_str(), special])}
 
 
 def content_of(directory: Path) -> str:

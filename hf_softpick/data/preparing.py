@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_softpick.data.cache import build_once, cache_root, fingerprint, read_manifest
-from hf_softpick.data.contents import Contents
+from hf_softpick.data.contents import Contents, progress_bar
 from hf_softpick.data.identity import FORMAT, asked_for, content_of, identity_of, older_name
 from hf_softpick.data.packing import RowPlan, first_by_hash, hold_out, plan_rows
 from hf_softpick.data.redaction import redact, redacted_errors
@@ -120,6 +120,8 @@ def _build(
     progress: bool,
 ) -> dict[str, Any]:
     """Fill the staging folder; returns the manifest with its report."""
+    from hf_softpick.data.rows import write_rows
+
     begin = time.perf_counter()
     if tokenizer is None:
         tokenizer = train_tokenizer(sources, settings.train_bpe)
@@ -128,8 +130,9 @@ def _build(
     token_file = staging / "tokens.bin"
     corpus = tokenize(sources, tokenizer, settings, token_file, data.seed, data.num_proc, progress)
     if not len(corpus.lengths):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in corpus.dropped.items())
         raise DataError(
-            f"no document is left of {corpus.documents} read ({_reasons(corpus.dropped)}). "
+            f"no document is left of {corpus.documents} read ({reasons or 'none dropped'}). "
             f"Check the sources {[source.settings.path for source in sources]} and their text_column and weight."
         )
     after_tokenizing = time.perf_counter()
@@ -146,8 +149,16 @@ def _build(
     plans = {"train": _plan(corpus, ~is_validation, data, repeat=True)}
     if data.validation:
         plans["validation"] = _plan(corpus, is_validation, data, repeat=False)
-    _write(staging, plans, corpus, tokenizer, data, progress)
+    # Padding is never attended to by text and never a target: any id of the vocabulary will do.
+    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    with progress_bar(sum(plan.num_tokens for plan in plans.values()), "Packing", "tok", progress) as bar:
+        for split, plan in plans.items():
+            write_rows(staging / f"{split}.arrow", plan, corpus.tokens, pad, data.isolate_documents, bar)
     token_file.unlink()
+    facts: dict[str, Any] = {}
+    for split, plan in plans.items():
+        facts |= {f"{split}_rows": plan.num_rows, f"{split}_tokens": plan.num_tokens}
+        facts |= {f"{split}_padding": round(plan.padding, 6), f"{split}_cut_documents": plan.num_cut}
     report = {
         "seq_len": data.seq_len,
         "vocab_size": len(tokenizer),
@@ -159,7 +170,7 @@ def _build(
         "tokens": int(corpus.lengths.sum()),
         "train_documents": int((~is_validation).sum()),
         "validation_documents": int(is_validation.sum()),
-        **{f"{split}_{key}": value for split, plan in plans.items() for key, value in _facts(plan).items()},
+        **facts,
         "seconds_tokenizer": round(after_tokenizer - begin, 3),
         "seconds_tokenizing": round(after_tokenizing - after_tokenizer, 3),
         "seconds_packing": round(time.perf_counter() - after_tokenizing, 3),
@@ -176,36 +187,6 @@ def _plan(corpus: TokenizedCorpus, chosen: np.ndarray, data: DataSettings, repea
         documents = documents[np.unique(corpus.hashes[documents], return_index=True)[1]]
     lengths, alone = corpus.lengths[documents], data.packing == "one_document"
     return plan_rows(corpus.starts[documents], lengths, data.seq_len, data.seed, alone)
-
-
-def _facts(plan: RowPlan) -> dict[str, Any]:
-    return {
-        "rows": plan.num_rows,
-        "tokens": plan.num_tokens,
-        "padding": round(plan.padding, 6),
-        "cut_documents": plan.num_cut,
-    }
-
-
-def _write(
-    staging: Path,
-    plans: dict[str, RowPlan],
-    corpus: TokenizedCorpus,
-    tokenizer: "PreTrainedTokenizerFast",
-    data: DataSettings,
-    progress: bool,
-) -> None:
-    from tqdm.auto import tqdm
-
-    from hf_softpick.data.rows import write_rows
-
-    # Padding is never attended to by text and never a target: any id of the vocabulary will do.
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad = next(token for token in candidates if token is not None)
-    total = sum(plan.num_tokens for plan in plans.values())
-    with tqdm(total=total, desc="Packing", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar:
-        for split, plan in plans.items():
-            write_rows(staging / f"{split}.arrow", plan, corpus.tokens, pad, data.isolate_documents, bar)
 
 
 def _load(
@@ -231,7 +212,3 @@ def _load(
         content=manifest["content"],
         older_name=older_name if manifest.get("as_format_2") else None,
     )
-
-
-def _reasons(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none dropped"

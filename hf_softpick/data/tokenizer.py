@@ -96,7 +96,12 @@ def load_tokenizer(settings: TokenizerSettings) -> "PreTrainedTokenizerFast":
         raise DataError(
             f"{place} has no fast form (tokenizer.json). Convert it with transformers and give that folder."
         )
-    _check_special_tokens(place, tokenizer, settings)
+    for name, is_wanted in {"bos": settings.add_bos, "eos": settings.add_eos}.items():
+        if is_wanted and getattr(tokenizer, f"{name}_token_id") is None:
+            raise DataError(
+                f"{place} has no {name.upper()} token, but tokenizer.add_{name} is true. "
+                f"Set tokenizer.add_{name}=false, or add a {name}_token to its tokenizer_config.json."
+            )
     _check_own_ids(place, tokenizer)
     largest = max(tokenizer.get_vocab().values())
     if largest >= len(tokenizer):
@@ -188,13 +193,3 @@ def _check_own_ids(place: str, tokenizer: "PreTrainedTokenizerFast") -> None:
         f"{place} holds {model.name} and no tokenizer.json: {reason}. Give a folder with the tokenizer.json of its "
         "authors."
     )
-
-
-def _check_special_tokens(place: str, tokenizer: "PreTrainedTokenizerFast", settings: TokenizerSettings) -> None:
-    wanted = {"bos": settings.add_bos, "eos": settings.add_eos}
-    for name, is_wanted in wanted.items():
-        if is_wanted and getattr(tokenizer, f"{name}_token_id") is None:
-            raise DataError(
-                f"{place} has no {name.upper()} token, but tokenizer.add_{name} is true. "
-                f"Set tokenizer.add_{name}=false, or add a {name}_token to its tokenizer_config.json."
-            )

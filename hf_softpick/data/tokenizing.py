@@ -10,10 +10,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from hf_softpick.data.contents import progress_bar
 from hf_softpick.data.encoding import encoders
 from hf_softpick.data.settings import TokenizerSettings
 from hf_softpick.data.sources import Source
@@ -89,7 +90,8 @@ def tokenize(
     encoder = encoder_of(tokenizer)
     writer = _Writer(path, tokenizer, settings)
     documents = _Documents(sources, seed, lambda text: encoder.encode(text, add_special_tokens=False).ids)
-    bar = _progress_bar(sources, progress)
+    total = int(sum(shard.num_bytes for source in sources for shard in source.shards))
+    bar = progress_bar(total, "Tokenizing", "B", progress, mininterval=0.5)
     with path.open("wb") as file, encoders(encoder, num_proc) as (submit, lookahead), bar:
         pending: deque[tuple[list[_Piece], Future]] = deque()
 
@@ -237,18 +239,3 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _progress_bar(sources: Sequence[Source], progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    total = sum(shard.num_bytes for source in sources for shard in source.shards)
-    return tqdm(
-        total=int(total),
-        desc="Tokenizing",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        mininterval=0.5,
-        leave=False,
-    )
