@@ -35,15 +35,8 @@ __all__ = [
     "softpick",
 ]
 
-_LAZY = {
-    "SoftpickConfig": "modeling.configuration_softpick",
-    "SoftpickForCausalLM": "modeling.modeling_softpick",
-    "SoftpickForQuestionAnswering": "modeling.modeling_softpick",
-    "SoftpickForSequenceClassification": "modeling.modeling_softpick",
-    "SoftpickForTokenClassification": "modeling.modeling_softpick",
-    "SoftpickModel": "modeling.modeling_softpick",
-    "softpick": "modeling.attention_reference",
-}
+_LAZY = {name: "modeling.modeling_softpick" for name in __all__ if name.startswith("Softpick")}
+_LAZY |= {"SoftpickConfig": "modeling.configuration_softpick", "softpick": "modeling.attention_reference"}
 
 
 def __getattr__(name: str):

@@ -1,9 +1,12 @@
 """What the command lines share: quiet imports, and messages with exit codes instead of tracebacks. Imports nothing
 heavy."""
 
+import contextlib
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from hf_softpick.errors import StorageError, UserError
 
@@ -16,6 +19,20 @@ def quiet_imports() -> None:
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
+@contextlib.contextmanager
+def as_interrupt(*numbers: int) -> Iterator[None]:
+    """Let these signals end what runs here as Ctrl-C does; outside the main thread Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def exit_code(command: Callable[[], int | None], debug: bool = False, interrupted: str = "interrupted") -> int:

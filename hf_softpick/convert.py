@@ -10,12 +10,11 @@ import argparse
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_softpick.commands import exit_code
+from hf_softpick.commands import as_interrupt, exit_code
 from hf_softpick.modeling.normalizers import NORMALIZERS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,22 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, convert, print what was done; returns the exit code."""
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if threading.current_thread() is not threading.main_thread():
-        return _run(options)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return _run(options)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_signal: Any) -> None:
-    """A SIGTERM ends as Ctrl-C does, so that the half-written folder is removed."""
-    raise KeyboardInterrupt
-
-
-def _run(options: argparse.Namespace) -> int:
-    return exit_code(lambda: _convert(options), options.debug, "interrupted; nothing half-written is kept")
+    with as_interrupt(signal.SIGTERM):  # so that the half-written folder is removed
+        return exit_code(lambda: _convert(options), options.debug, "interrupted; nothing half-written is kept")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -39,11 +39,25 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def umask() -> int:
-    """The permissions that new files of this process do not get."""
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def replace(staged: Path, target: Path, aside: Path) -> None:
+    """Give `staged` the name of `target`; what had it moves `aside` and then goes: one of both is always whole."""
+    clear(aside)
+    if target.exists() or target.is_symlink():
+        target.rename(aside)
+    staged.rename(target)
+    sync(target.parent)
+    with contextlib.suppress(OSError):
+        clear(aside)
+
+
+def settle(folder: Path) -> None:
+    """Give all in `folder` the permissions of new files (safetensors writes 0600); wait until it is on the disk."""
+    hidden = os.umask(0)
+    os.umask(hidden)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
+        sync(path)
+    sync(folder)
 
 
 def plain(value: Any) -> Any:

@@ -1,16 +1,14 @@
 """Command line of training: `accelerate launch -m hf_softpick.train RECIPE [section.key=value ...]`."""
 
 import argparse
-import contextlib
 import errno
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from hf_softpick.commands import quiet_imports
+from hf_softpick.commands import as_interrupt, quiet_imports
 from hf_softpick.errors import CheckpointError, NumericsError, RecipeError, Stopped, StorageError, UserError
 
 _EPILOG = """\
@@ -68,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from hf_softpick.training.run import run
 
-        with _signals_as_interrupt():
+        # Outside the training loop, which has handlers of its own, there is nothing to save: stop at once.
+        with as_interrupt(signal.SIGTERM, signal.SIGUSR1):
             run(recipe, debug=options.debug)
         return 0
     except UserError as error:
@@ -91,25 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_process_group()
 
 
-@contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """Outside the training loop, which has handlers of its own, there is nothing to save: stop at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 def _print(error: UserError) -> None:
     """One message: what all ranks found comes from rank 0, what one rank found from that rank."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"hf_softpick: {error}", file=sys.stderr, flush=True)
     elif not isinstance(error, (RecipeError, CheckpointError, NumericsError, Stopped)):
         print(f"hf_softpick, rank {rank}: {error}", file=sys.stderr, flush=True)

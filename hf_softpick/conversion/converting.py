@@ -1,7 +1,7 @@
 """The conversion itself: read, check, write beside the destination, load again and compare, rename."""
 
+import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hf_softpick.conversion.tensors import (
     transform,
 )
 from hf_softpick.errors import CheckpointError, RecipeError, StorageError
-from hf_softpick.files import umask, write_json
+from hf_softpick.files import settle, write_json
 from hf_softpick.generation_settings import usable_generation_config
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
@@ -82,20 +82,17 @@ def convert(
     state = _read(opened, plan, expected, settings, kind, progress)
 
     destination = destination.absolute()
-    staging = None
+    # A name of its own: another conversion to the same place must not lose its files.
+    staging = destination.with_name(f".{destination.name}-staging-{os.urandom(4).hex()}")
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: another conversion to the same place must not lose its files.
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}-staging-", dir=destination.parent))
+        staging.mkdir(parents=True)
         _write_model(model, state, settings, opened, staging, warnings)
         tokenizer_files = _copy_tokenizer(opened, tokenizer, staging, settings, warnings)
         _check(staging, state, kind)
         report = _report(opened, destination, settings, plan, expected, kind, tokenizer_files, warnings)
         report["seconds"] = round(time.perf_counter() - started, 1)
         write_json(staging / REPORT, report)
-        hidden = umask()
-        for path in (staging, *staging.rglob("*")):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)  # made 0600 and 0700
+        settle(staging)
         if destination.is_dir():
             destination.rmdir()
         staging.rename(destination)
@@ -104,8 +101,7 @@ def convert(
             f"{destination} could not be written: {error}. Make room, or choose another folder."
         ) from error
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 

@@ -14,27 +14,13 @@ from hf_softpick.files import sha256_of
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DEEPEST = 32  # levels of JSON
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+TOKENIZER_FILES = tuple(
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json "
+    "merges.txt chat_template.jinja chat_template.json".split()
 )
 # Patterns of the Hub match across folders, so none begins with a star.
-_MODEL_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    WEIGHTS,
-    "model-*-of-*.safetensors",
-    INDEX,
-    ".metadata",
-    "__*.distcp",
-)
+_CONFIGS = ("config.json", "generation_config.json")
+_MODEL_PATTERNS = (*_CONFIGS, WEIGHTS, "model-*-of-*.safetensors", INDEX, ".metadata", "__*.distcp")
 
 
 class Source(NamedTuple):

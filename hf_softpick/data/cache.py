@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from hf_softpick.data.contents import Contents
 from hf_softpick.errors import DataError, StorageError
-from hf_softpick.files import sync
+from hf_softpick.files import replace, sync
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,7 @@ def build_once(
                 _finish(staging, manifest, contents)
                 if directory.exists():
                     logger.warning("%s is damaged or incomplete and is replaced", directory)
-                    shutil.rmtree(directory)
-                os.rename(staging, directory)
-                sync(directory.parent)
+                replace(staging, directory, directory.with_name(f"{directory.name}.staging-replaced"))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     return manifest, True

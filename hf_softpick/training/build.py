@@ -1,5 +1,6 @@
 """The model of a run: new, or going on from another one. Parameters are float32 whatever a configuration file says."""
 
+import contextlib
 import logging
 
 import torch
@@ -76,19 +77,15 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    if is_deepspeed_zero3_enabled():
-        # Shards while it builds and draws the weights afterwards, module by module.
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=settings.attn_implementation, dtype=torch.float32
-        )
-    # The same draws in the same order as above: a run starts from the same weights however it is distributed.
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=settings.attn_implementation, dtype=torch.float32
-        )
-    set_seed(seed)
-    with torch.no_grad():
-        model.init_weights()
+    # ZeRO-3 shards while it builds and draws the weights afterwards, module by module.
+    sharded, implementation = is_deepspeed_zero3_enabled(), settings.attn_implementation
+    with contextlib.nullcontext() if sharded else no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+    if not sharded:
+        # The same draws in the same order: a run starts from the same weights however it is distributed.
+        set_seed(seed)
+        with torch.no_grad():
+            model.init_weights()
     return model
 
 

@@ -7,7 +7,6 @@ RUN/checkpoints/checkpoint-N.corrupt/      failed its verification, kept for a l
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hf_softpick.errors import CheckpointError, StorageError
-from hf_softpick.files import clear, sha256_of, sync, umask
+from hf_softpick.files import clear, replace, settle, sha256_of, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -44,15 +43,12 @@ def checkpoint_directory(root: Path, step: int) -> Path:
 
 def record_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of `directory`, by name; all of it is on disk afterwards."""
-    files, hidden = {}, umask()
-    for path in sorted(directory.rglob("*")):
-        # safetensors writes 0600; other users of a shared run folder may read the rest, so let them read this too.
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~hidden)
-        sync(path)
-        if path.is_file() and path.name != MANIFEST:
-            files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    sync(directory)
-    return files
+    settle(directory)
+    return {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
@@ -68,13 +64,10 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
 
 def publish(root: Path, step: int) -> Path:
     """Rename the staged checkpoint of `step` into place and return the place."""
-    target = checkpoint_directory(root, step)
-    if target.exists():
-        # The same step again, after a resume from an older checkpoint: the new one replaces it.
-        target.rename(staging_directory(root, step) / "replaced")
-    os.rename(staging_directory(root, step) / target.name, target)
-    sync(root)
-    shutil.rmtree(staging_directory(root, step), ignore_errors=True)
+    staging, target = staging_directory(root, step), checkpoint_directory(root, step)
+    # It may be there: the same step again, after a resume from an older checkpoint.
+    replace(staging / target.name, target, staging / "replaced")
+    shutil.rmtree(staging, ignore_errors=True)
     return target
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_softpick.data.preparing import PreparedData
 from hf_softpick.errors import RecipeError, StorageError
-from hf_softpick.files import clear, sync, write_text
+from hf_softpick.files import clear, replace, write_text
 from hf_softpick.generation_settings import mend_generation_config
 from hf_softpick.modeling import compat
 from hf_softpick.modeling.attention_guard import SEALED
@@ -126,11 +126,12 @@ def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict
     evaluation = trainer.final_evaluation()
     samples = write_samples(trainer, recipe, data.tokenizer, step)
     require_measurements(trainer)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # A run too short for a log line has the mean alone.
+    losses = [entry[key] for key in ("train_loss", "loss") for entry in trainer.state.log_history if key in entry]
     results = {
         "step": step,
         "tokens_seen": trainer.state.num_input_tokens_seen,
-        "last_loss": losses[-1] if losses else _mean_loss(trainer),
+        "last_loss": losses[-1] if losses else math.nan,
         **evaluation,
         "parameters": _count(trainer.model),
     }
@@ -173,7 +174,7 @@ def write_final(
                 _cast(staging, getattr(torch, recipe.training.export_dtype), compat.float32_modules(model))
             _write_card(staging, recipe, results, data_report, trainer.manifest_facts.get("changes", ()))
             files.update(checkpointing.record_files(staging))
-            _replace(staging, final)
+            replace(staging, final, final.with_name(".final-replaced"))
 
     fault = trainer.together(lambda: clear(staging) if main else None) or trainer.together(write)
     if fault is None:
@@ -220,21 +221,6 @@ def _write_card(
     commits = environment.trained_from(recipe.run.directory / "environment.json")
     card = model_card(recipe, results, data_report, versions(), parameters, changes, commits)
     write_text(staging / "README.md", card)
-
-
-def _replace(staging: Path, final: Path) -> None:
-    old = final.with_name(".final-replaced")
-    clear(old)
-    if final.exists() or final.is_symlink():
-        final.rename(old)
-    staging.rename(final)
-    sync(final.parent)
-    clear(old)
-
-
-def _mean_loss(trainer: SoftpickTrainer) -> float:
-    """Mean training loss of a run too short for a log line."""
-    return next((e["train_loss"] for e in reversed(trainer.state.log_history) if "train_loss" in e), math.nan)
 
 
 def _print_end(directory: Path, results: dict[str, Any], samples: list[dict[str, str]], vocabulary: int) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_softpick.errors import CheckpointError
-from hf_softpick.files import read_object
+from hf_softpick.files import read_object, write_json
 from hf_softpick.training import checkpointing, resume
 from hf_softpick.training.push import push
 from hf_softpick.training.recipe import Recipe
@@ -63,7 +63,7 @@ def upload(recipe: Recipe) -> None:
     url = push(recipe.run.directory / "final", destination["repo"], private, destination["revision"])
     record = resume.read_finished(recipe)
     record["uploads"] = [*record.get("uploads", []), {**destination, "commit": url}]
-    resume.save_finished(recipe, record)
+    write_json(recipe.run.directory / resume.FINISHED, record)
     print("Uploaded:", url, flush=True)
 
 

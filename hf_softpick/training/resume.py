@@ -73,11 +73,6 @@ def read_finished(recipe: Recipe) -> dict[str, Any]:
     return read_object(recipe.run.directory / FINISHED)
 
 
-def save_finished(recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write the record of the end of a run."""
-    write_json(recipe.run.directory / FINISHED, record)
-
-
 def write_finished(
     recipe: Recipe,
     step: int,
@@ -92,7 +87,7 @@ def write_finished(
         changes: settings that the run did not have from its first step on, see `listed`.
     """
     record = {"step": step, "results": results, "final": final, "changes": changes}
-    save_finished(recipe, record | {"recipe": settings(recipe).record()})
+    write_json(recipe.run.directory / FINISHED, record | {"recipe": settings(recipe).record()})
 
 
 def find_checkpoint(root: Path, main: bool, world_size: int) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import patch_environment
 from filelock import FileLock, Timeout
 from torch.utils.data import Subset
 from transformers.trainer_utils import IntervalStrategy
@@ -223,8 +224,7 @@ def refuse_links(directory: Path) -> None:
                 )
 
 
-@contextlib.contextmanager
-def _reporters(directory: Path) -> Iterator[None]:
+def _reporters(directory: Path) -> contextlib.AbstractContextManager:
     """Tell transformers' TensorBoard and wandb callbacks to report into the run folder, unless the user said where."""
     run_id = directory / "report" / "wandb_run_id"
     ours = {
@@ -235,13 +235,7 @@ def _reporters(directory: Path) -> Iterator[None]:
         "WANDB_RESUME": "allow",
         "WANDB_RUN_ID": run_id.read_text(encoding="utf-8").strip() if run_id.exists() else "",
     }
-    added = {name: value for name, value in ours.items() if value and name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
+    return patch_environment(**{name: value for name, value in ours.items() if value and name not in os.environ})
 
 
 def _make_trainer(recipe: Recipe, args: Any, data: PreparedData, facts: dict[str, Any]) -> SoftpickTrainer:
