@@ -25,7 +25,10 @@ def describe(recipe: Recipe) -> str:
     text = StringIO()
     write_yaml(recipe.resolved(), text)
     vocabulary, origin = vocabulary_size(recipe.model, recipe.tokenizer)
-    parameters = _parameters(recipe.model, vocabulary)
+    if recipe.model.from_ is not None:
+        parameters = count_saved_parameters(Path(recipe.model.from_))
+    else:
+        parameters = None if vocabulary is None else count_parameters(recipe.model, vocabulary)
     memory, disk = None, estimate_disk(recipe, parameters) if parameters else None
     if parameters and recipe.model.from_ is None:
         memory = estimate_memory(recipe, parameters, vocabulary, processes)
@@ -59,12 +62,6 @@ def vocabulary_size(model: ModelSettings, tokenizer: TokenizerSettings) -> tuple
         return len(set(ids)), str(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None, f"unknown until {tokenizer.from_} is loaded; model.vocab_size would say it"
-
-
-def _parameters(model: ModelSettings, vocabulary: int | None) -> int | None:
-    if model.from_ is not None:
-        return count_saved_parameters(Path(model.from_))
-    return None if vocabulary is None else count_parameters(model, vocabulary)
 
 
 def _model_line(model: ModelSettings) -> str:
@@ -101,8 +98,11 @@ def _token_lines(recipe: Recipe, parameters: int | None, processes: int) -> Iter
 
 
 def _memory_lines(memory: Memory) -> Iterator[tuple[str, str]]:
+    state = "the optimizer's state not counted"
+    if memory.optimizer is not None:
+        state = f"{memory.optimizer / GIB:.2f} optimizer state"
     yield "memory", f"about {memory.total / GIB:.2f} GiB for each process, of this:"
-    yield "", f"{memory.weights / GIB:.2f} weights, {memory.gradients / GIB:.2f} gradients, {memory.optimizer_text()}"
+    yield "", f"{memory.weights / GIB:.2f} weights, {memory.gradients / GIB:.2f} gradients, {state}"
     yield "", f"{memory.activations / GIB:.2f} kept for the backward pass, {memory.logits / GIB:.2f} logits and loss"
     yield "", "not counted: libraries, allocator, communication buffers, and what torch.compile saves or adds"
 
@@ -120,7 +120,12 @@ def warnings(recipe: Recipe, vocabulary: int | None, memory: Memory | None, disk
     given = recipe.training.written
     if "max_steps" in given:
         yield from _step_warnings(recipe, given["max_steps"])
-    yield from _evaluation_warnings(recipe)
+    if recipe.data.validation == 0:
+        yield "data.validation is 0: no text is held out, so there is no validation loss."
+    elif recipe.eval.every == 0:
+        yield "eval.every is 0: validation runs only at the end."
+    if not recipe.eval.prompts:
+        yield "eval.prompts is empty: no sample is generated."
     yield from _batch_warnings(recipe)
     yield from disk_warnings(disk)
     yield from _machine_warnings(recipe, given, memory)
@@ -149,15 +154,6 @@ def _step_warnings(recipe: Recipe, steps: int) -> Iterator[str]:
         yield "no checkpoint is written before the end: an interruption loses everything (training.save_steps)."
     if given.get("logging_steps", 0) > steps:
         yield f"training.logging_steps = {given['logging_steps']:g} is beyond the last step: no loss is logged."
-
-
-def _evaluation_warnings(recipe: Recipe) -> Iterator[str]:
-    if recipe.data.validation == 0:
-        yield "data.validation is 0: no text is held out, so there is no validation loss."
-    elif recipe.eval.every == 0:
-        yield "eval.every is 0: validation runs only at the end."
-    if not recipe.eval.prompts:
-        yield "eval.prompts is empty: no sample is generated."
 
 
 def _batch_warnings(recipe: Recipe) -> Iterator[str]:

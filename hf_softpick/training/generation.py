@@ -15,12 +15,11 @@ def sample_texts(
     prompts: Sequence[str],
     max_new_tokens: int,
     add_bos: bool,
-    seed: int = 0,
 ) -> list[dict[str, str]]:
     """One continuation for each prompt, drawn with temperature 0.8 out of the 50 likeliest tokens.
 
-    It ends where the model has no more positions. The same for the same weights and seed; the random state of training
-    is left as it was.
+    It ends where the model has no more positions. The same for the same weights; the random state of training is left
+    as it was.
 
     Returns:
         {"prompt": ..., "text": prompt and continuation}, in the order of the prompts.
@@ -31,7 +30,7 @@ def sample_texts(
     samples = []
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             for prompt in prompts:
                 ids = tokenizer(prompt, add_special_tokens=False).input_ids
                 if tokenizer.bos_token_id is not None and (add_bos or not ids):

@@ -30,24 +30,19 @@ DEFAULTS: dict[str, Any] = {
 }
 
 RANGES: dict[str, tuple[Any, ...]] = {
-    "adam_beta1": (Ge(0), Lt(1)),
-    "adam_beta2": (Ge(0), Lt(1)),
-    "adam_epsilon": (Gt(0),),
-    "data_seed": (Ge(0), Lt(2**32)),
-    "dataloader_prefetch_factor": (Ge(1),),
-    "ddp_timeout": (Ge(1),),
-    "gradient_accumulation_steps": (Ge(1),),
-    "learning_rate": (Gt(0),),
-    "logging_steps": (Gt(0),),
-    "max_steps": (Ge(1),),
-    "num_train_epochs": (Gt(0),),
-    "per_device_eval_batch_size": (Ge(1),),
-    "per_device_train_batch_size": (Ge(1),),
-    "save_steps": (Gt(0),),
-    "save_total_limit": (Ge(1),),
-    "seed": (Ge(0), Lt(2**32)),
-    "torch_empty_cache_steps": (Ge(1),),
-    "weight_decay": (Ge(0), Le(1)),
+    name: bounds
+    for bounds, names in (
+        ((Ge(0), Lt(1)), "adam_beta1 adam_beta2"),
+        ((Ge(0), Le(1)), "weight_decay"),
+        ((Ge(0), Lt(2**32)), "data_seed seed"),
+        ((Gt(0),), "adam_epsilon learning_rate logging_steps num_train_epochs save_steps"),
+        (
+            (Ge(1),),
+            "dataloader_prefetch_factor ddp_timeout gradient_accumulation_steps max_steps per_device_eval_batch_size "
+            "per_device_train_batch_size save_total_limit torch_empty_cache_steps",
+        ),
+    )
+    for name in names.split()
 }
 
 # Narrower than upstream, where a wrong value is found late or does something that we promise never to do.
@@ -68,47 +63,37 @@ TYPES: dict[str, Any] = {
 
 EXAMPLES: dict[str, Any] = {"learning_rate": "3e-4", "adam_epsilon": "1e-8", "warmup_steps": "100"}
 
-_OWN_EVALUATION = "evaluation is token-weighted and planned by the section 'eval:' (eval.every, eval.max_rows)"
-_OWN_ROWS = "rows are packed by the section 'data:' and all have the same length and columns"
-_OWN_PUSH = "the finished folder is uploaded once, at the end (push_to_hub, hub_model_id, hub_private_repo)"
-
-REFUSED: dict[str, str] = {
+# Names, separated by spaces, and why a recipe may not set them.
+_REFUSED = {
     "output_dir": "the run folder is run.root/run.name",
     "run_name": "it is run.name",
-    "remove_unused_columns": _OWN_ROWS,
-    "label_names": _OWN_ROWS,
-    "train_sampling_strategy": _OWN_ROWS,
-    "length_column_name": _OWN_ROWS,
-    "group_by_length": _OWN_ROWS,
+    "remove_unused_columns label_names train_sampling_strategy length_column_name group_by_length": (
+        "rows are packed by the section 'data:' and all have the same length and columns"
+    ),
     "auto_find_batch_size": "it would change the global batch, and with it the run, without a word",
     "label_smoothing_factor": "the loss is plain cross entropy per token",
     "use_cache": "training never caches keys; the saved configuration has use_cache: true",
-    "use_liger_kernel": "Liger does not know this model and would be ignored",
-    "liger_kernel_config": "Liger does not know this model and would be ignored",
+    "use_liger_kernel liger_kernel_config": "Liger does not know this model and would be ignored",
     "include_num_input_tokens_seen": "tokens are always counted and logged",
     "enable_jit_checkpoint": "signals are handled by the trainer itself",
     "parallelism_config": "the launcher's configuration file says how to distribute",
-    "hub_strategy": _OWN_PUSH,
-    "hub_always_push": _OWN_PUSH,
+    "hub_strategy hub_always_push": (
+        "the finished folder is uploaded once, at the end (push_to_hub, hub_model_id, hub_private_repo)"
+    ),
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint by itself",
     "local_rank": "the launcher (accelerate, torchrun, deepspeed) sets it",
-    "do_train": "the command says what is done",
-    "do_eval": "the command says what is done",
-    "do_predict": "the command says what is done",
+    "do_train do_eval do_predict": "the command says what is done",
     "load_best_model_at_end": "final/ holds the last step; checkpoints/ keeps the others",
-    "metric_for_best_model": "final/ holds the last step",
-    "greater_is_better": "final/ holds the last step",
+    "metric_for_best_model greater_is_better": "final/ holds the last step",
     "bf16_full_eval": "validation computes as training does (training.bf16)",
     "fp16_full_eval": "validation computes as training does (training.fp16)",
-    "trackio_space_id": "report_to knows tensorboard and wandb",
-    "trackio_bucket_id": "report_to knows tensorboard and wandb",
-    "trackio_static_space_id": "report_to knows tensorboard and wandb",
-} | {
-    name: _OWN_EVALUATION
-    for name in "eval_strategy eval_steps eval_delay eval_on_start evaluation_strategy prediction_loss_only"
-    " include_for_metrics batch_eval_metrics eval_do_concat_batches eval_use_gather_object"
-    " eval_accumulation_steps".split()
+    "trackio_space_id trackio_bucket_id trackio_static_space_id": "report_to knows tensorboard and wandb",
+    "eval_strategy eval_steps eval_delay eval_on_start evaluation_strategy prediction_loss_only include_for_metrics "
+    "batch_eval_metrics eval_do_concat_batches eval_use_gather_object eval_accumulation_steps": (
+        "evaluation is token-weighted and planned by the section 'eval:' (eval.every, eval.max_rows)"
+    ),
 }
+REFUSED: dict[str, str] = {name: reason for names, reason in _REFUSED.items() for name in names.split()}
 
 # Anywhere in a recipe: it is saved in the run folder, beside what people publish.
 SECRETS: dict[str, str] = dict.fromkeys(
@@ -116,21 +101,18 @@ SECRETS: dict[str, str] = dict.fromkeys(
     "a recipe is saved and shared; log in with `hf auth login` or set HF_TOKEN instead",
 ) | {"trust_remote_code": "a recipe must not be able to run code from the Hub"}
 
-REMOVED: dict[str, str] = {
+REMOVED: dict[str, str] = dict.fromkeys(
+    "tpu_num_cores half_precision_backend past_index use_ipex jit_mode_eval".split(), "it is gone from transformers 5"
+) | {
     "warmup_ratio": "write training.warmup_steps, where a value below 1 is a share of all steps",
     "overwrite_output_dir": "it is gone from transformers 5; choose another run.name",
     "logging_dir": "it is gone from transformers 5; logs are in the run folder",
     "include_tokens_per_second": "it is gone from transformers 5; tokens/s is always logged",
     "save_safetensors": "it is gone from transformers 5; weights are always safetensors",
     "no_cuda": "it is gone from transformers 5; write training.use_cpu: true",
-    "tpu_num_cores": "it is gone from transformers 5",
     "fp16_backend": "it is gone from transformers 5; write training.fp16",
-    "half_precision_backend": "it is gone from transformers 5",
-    "past_index": "it is gone from transformers 5",
     "torchdynamo": "it is gone from transformers 5; write training.torch_compile_backend",
-    "use_ipex": "it is gone from transformers 5",
     "use_mps_device": "it is gone from transformers 5; the device is found by itself",
-    "jit_mode_eval": "it is gone from transformers 5",
     "fsdp_min_num_params": "it is gone from transformers 5; write training.fsdp_config: {min_num_params: ...}",
     "fsdp_transformer_layer_cls_to_wrap": "it is gone from transformers 5; write it inside training.fsdp_config",
     "gradient_checkpointing": "it is called training.activation_checkpointing",

@@ -2,9 +2,10 @@
 
 import difflib
 import re
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -15,13 +16,7 @@ from .recipe_text import Document, KeyPath, dotted, shorten, walk
 Schema = type[BaseModel]
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-_SIGNS = (
-    (Ge, "ge", ">="),
-    (Gt, "gt", ">"),
-    (Le, "le", "<="),
-    (Lt, "lt", "<"),
-    (MultipleOf, "multiple_of", "a multiple of"),
-)
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "multiple_of": "a multiple of"}  # of annotated_types
 _YES, _NO = ("true", "yes", "on", "y"), ("false", "no", "off", "n")
 
 
@@ -61,7 +56,7 @@ def _line(problem: Any, path: KeyPath, document: Document, schema: Schema) -> st
     place, field = document.place(path), _field(path, schema)
     if kind == "missing":
         return f"{place}: {name} is missing, expected {_expected(field, path)}"
-    given = _look_up(document.data, path)
+    given = reduce(getitem, path, document.data)
     if kind == "value_error":
         return f"{place}: {name} is {_given(given)}: {problem['msg'].removeprefix('Value error, ')}"
     return f"{place}: {name} is {_given(given)}, expected {_expected(field, path)}{_hint(given, field)}"
@@ -148,11 +143,8 @@ def _describe(annotation: Any, bounds: list[Any]) -> str:
 
 
 def _bounds(bounds: list[Any]) -> str:
-    found = []
-    for bound in bounds:
-        for kind, name, sign in _SIGNS:
-            if isinstance(bound, kind):
-                found.append(f"{sign} {getattr(bound, name)}")
+    pairs = ((bound, name) for bound in bounds for name in _SIGNS if hasattr(bound, name))
+    found = [f"{_SIGNS[name]} {getattr(bound, name)}" for bound, name in pairs]
     return f" {' and '.join(found)}" if found else ""
 
 
@@ -177,9 +169,3 @@ def _given(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return "a mapping" if isinstance(value, dict) else shorten(repr(value))
-
-
-def _look_up(data: Any, path: KeyPath) -> Any:
-    for key in path:
-        data = data[key]
-    return data

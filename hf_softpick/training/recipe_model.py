@@ -105,7 +105,7 @@ _OUTSIDE_ARCHITECTURE = {"from_", "revision", "normalizer", "attn_implementation
 # What a model to go on from may be extended by; see continuing.py.
 _OUTSIDE_ARCHITECTURE |= {"vocab_size", "max_position_embeddings", "rope_parameters", "attention_dropout"}
 _ARCHITECTURE = [name for name in ModelSettings.model_fields if name not in _OUTSIDE_ARCHITECTURE]
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def check_model(model: ModelSettings) -> Iterator[Problem]:
@@ -144,7 +144,7 @@ def _check_continued(model: ModelSettings) -> Iterator[Problem]:
 def _check_new(model: ModelSettings) -> Iterator[Problem]:
     if model.revision is not None:
         yield ("model", "revision"), "belongs to model.from, which is not set"
-    missing = [name for name in _REQUIRED if getattr(model, name) is None]
+    missing = [name for name in REQUIRED if getattr(model, name) is None]
     for name in missing:
         yield ("model", name), "is missing; a new model needs it (or give model.from, a model to go on from)"
     if missing:

@@ -19,6 +19,7 @@ from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.training.recipe import Recipe, load_recipe
 from hf_softpick.training.recipe_arguments import DEFAULTS, installed_name
 from hf_softpick.training.recipe_evolution import present_path, was_default
+from hf_softpick.training.recipe_model import REQUIRED
 
 SCHEMA = 2
 """1 had no number: `identity`, nested, with what a run could not change, and `length` in finished.json."""
@@ -73,16 +74,15 @@ def _section(section: BaseModel, prefix: str) -> Iterator[tuple[str, tuple[Any, 
 def _new_model(recipe: Recipe) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """What is left unset has the value that SoftpickConfig gives it."""
     given = recipe.model.config_fields()
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = SoftpickConfig(**given)
-    plain = SoftpickConfig(**{name: given[name] for name in (*required, "max_position_embeddings")})
+    plain = SoftpickConfig(**{name: given[name] for name in (*REQUIRED, "max_position_embeddings")})
     for path, (value, default) in _section(recipe.model, "model."):
         name = path.removeprefix("model.")
         if name.startswith("rope_parameters"):
             continue
         known = name not in ("from", "revision", "attn_implementation", "vocab_size")
         value, default = (getattr(config, name), getattr(plain, name)) if known else (value, default)
-        yield path, (value, None if name in required else default)
+        yield path, (value, None if name in REQUIRED else default)
     for name in {**plain.rope_parameters, **config.rope_parameters}:
         values = (config.rope_parameters.get(name), plain.rope_parameters.get(name))
         yield f"model.rope_parameters.{name}", values

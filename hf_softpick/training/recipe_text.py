@@ -44,9 +44,7 @@ class Document:
         """Where `path` stands; for something that is not there, where the section stands that should hold it."""
         if of_key and path in self.keys:
             return self.keys[path]
-        while path and path not in self.values:
-            path = path[:-1]
-        return self.values[path]
+        return self.values[self.known(path)]
 
     def known(self, path: KeyPath) -> KeyPath:
         """The longest part of `path` that the document holds."""
