@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nhf_softpick: stopped outside the training loop; run the same command again.", file=sys.stderr)
         return Stopped.exit_code
     finally:
-        _leave_process_group()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def _print(error: UserError) -> None:
@@ -97,12 +99,6 @@ def _print(error: UserError) -> None:
         print(f"hf_softpick: {error}", file=sys.stderr, flush=True)
     elif not isinstance(error, (RecipeError, CheckpointError, NumericsError, Stopped)):
         print(f"hf_softpick, rank {rank}: {error}", file=sys.stderr, flush=True)
-
-
-def _leave_process_group() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

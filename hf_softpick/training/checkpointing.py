@@ -173,8 +173,7 @@ def find_newest(root: Path, warn: Callable[[str], None] = print) -> Path | None:
         if not faults:
             return directory
         aside = directory.with_name(directory.name + ".corrupt")
-        if aside.exists():
-            shutil.rmtree(aside)
+        clear(aside)
         directory.rename(aside)
         reasons.append(f"{aside.name}: {'; '.join(faults)}")
         warn(f"{directory} cannot be used ({'; '.join(faults)}); kept as {aside.name}, trying the one before.")
@@ -182,10 +181,8 @@ def find_newest(root: Path, warn: Callable[[str], None] = print) -> Path | None:
         reasons = [f"{path.name}: set aside earlier" for path in sorted(root.glob("checkpoint-*.corrupt"))]
     if reasons:
         raise CheckpointError(
-            f"No checkpoint under {root} can be loaded:\n  "
-            + "\n  ".join(reasons)
-            + "\nPut a good copy back, or delete "
-            "that folder to start again from step 0."
+            "\n  ".join([f"No checkpoint under {root} can be loaded:", *reasons])
+            + "\nPut a good copy back, or delete that folder to start again from step 0."
         )
     return None
 

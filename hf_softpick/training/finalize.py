@@ -44,19 +44,21 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
         StorageError: the run folder cannot be written.
     """
     changed, scratch = mend_generation_config(trainer.model), recipe.run.directory / ".trial-staging"
+    parameters = list(trainer.model.parameters())
+    sharded = any(map(compat.is_sharded, parameters))
+    is_small = not sharded and sum(parameter.nbytes for parameter in parameters) <= _TRIAL_BYTES
 
     def write() -> None:
         if not trainer.is_world_process_zero():
             return
         for sentence in changed:
             logger.warning("model.from %s: %s", recipe.model.from_, sentence)
-        for sentence in disk_warnings(estimate_disk(recipe, _count(trainer.model))):
+        for sentence in disk_warnings(estimate_disk(recipe, count(trainer.model))):
             logger.warning("%s", sentence)
         try:
             clear(scratch)
             with _for_generation(trainer.model):
-                weights = None if _is_small(trainer.model) else {"trial": torch.zeros(1)}
-                trainer.model.save_pretrained(scratch, state_dict=weights)
+                trainer.model.save_pretrained(scratch, state_dict=None if is_small else {"trial": torch.zeros(1)})
                 trainer.processing_class.save_pretrained(scratch)
             _write_card(scratch, recipe, {"parameters": 0}, data_report, ())
         finally:
@@ -76,14 +78,9 @@ def check_saving(trainer: SoftpickTrainer, recipe: Recipe, data_report: dict[str
     )
 
 
-def _count(model: torch.nn.Module) -> int:
+def count(model: torch.nn.Module) -> int:
+    """Parameters of a model, sharded ones whole."""
     return sum(compat.whole_shape(p).numel() for p in model.parameters())
-
-
-def _is_small(model: torch.nn.Module) -> bool:
-    parameters = list(model.parameters())
-    sharded = any(map(compat.is_sharded, parameters))
-    return not sharded and sum(parameter.nbytes for parameter in parameters) <= _TRIAL_BYTES
 
 
 @contextlib.contextmanager
@@ -133,7 +130,7 @@ def finish(trainer: SoftpickTrainer, recipe: Recipe, data: PreparedData) -> dict
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "last_loss": losses[-1] if losses else math.nan,
         **evaluation,
-        "parameters": _count(trainer.model),
+        "parameters": count(trainer.model),
     }
     final = write_final(trainer, recipe, dict(results), data.report)
     if trainer.is_world_process_zero():

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_softpick.modeling.compat import whole_shape
@@ -29,13 +28,6 @@ PEAK_FLOPS = (
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of one device in FLOP/s, None where we do not know it."""
     return next((peak for name, peak in PEAK_FLOPS if name in device_name), None)
-
-
-def device_peak(bf16: bool) -> float | None:
-    """Peak of the device in use, None on a CPU, on an unknown GPU and for float32."""
-    if not bf16 or not torch.cuda.is_available():
-        return None
-    return peak_flops(torch.cuda.get_device_name())
 
 
 def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> float | None:

@@ -101,6 +101,5 @@ class SkipGuard:
                 f"{self.consecutive} updates in a row had a {self.last['reason']} (last: step {self.last['step']}, "
                 f"ranks {self.last['ranks']}); training.max_consecutive_skips allows {self.max_consecutive}. None of "
                 f"them was applied. {checkpoint_hint} Lower training.learning_rate, check the data around this step, "
-                "or use "
-                "float32 (training.bf16=false)."
+                "or use float32 (training.bf16=false)."
             )

@@ -151,10 +151,7 @@ def _check_new(model: ModelSettings) -> Iterator[Problem]:
         return
     heads = model.num_attention_heads
     if model.hidden_size % heads:
-        yield (
-            ("model", "hidden_size"),
-            f"is {model.hidden_size}, not divisible by model.num_attention_heads = {heads}",
-        )
+        yield ("model", "hidden_size"), f"is {model.hidden_size}, not divisible by model.num_attention_heads = {heads}"
     elif model.head_dim is None and model.hidden_size // heads % 2:
         yield (
             ("model", "hidden_size"),

@@ -36,10 +36,7 @@ def check_training(recipe: "Recipe") -> Iterator[Problem]:
     given = recipe.training.written
     if ("max_steps" in given) == ("num_train_epochs" in given):
         what = "and num_train_epochs are both given" if "max_steps" in given else "is missing"
-        yield (
-            ("training", "max_steps"),
-            f"{what}; say how long to train by one of max_steps and num_train_epochs",
-        )
+        yield ("training", "max_steps"), f"{what}; say how long to train by one of max_steps and num_train_epochs"
     if given.get("bf16") and given.get("fp16"):
         yield ("training", "fp16"), "is true beside training.bf16; choose one"
     if given.get("full_determinism") and recipe.model.attn_implementation == "triton_fast":

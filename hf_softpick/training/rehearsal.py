@@ -130,8 +130,7 @@ def _compile(args: TrainingArguments) -> None:
 
 def _schedule(toy: PreTrainedModel, args: TrainingArguments) -> None:
     steps = args.max_steps if args.max_steps > 0 else 1000
-    trainer = _stub(args)
-    scheduler = trainer.create_scheduler(steps, torch.optim.SGD(toy.parameters(), args.learning_rate))
+    scheduler = _stub(args).create_scheduler(steps, torch.optim.SGD(toy.parameters(), args.learning_rate))
     for factor in getattr(scheduler, "lr_lambdas", ()):
         # Warm-up, plateau and decay read their keywords when they are reached.
         if not all(math.isfinite(factor(steps * part // 8)) for part in range(9)):
@@ -140,7 +139,7 @@ def _schedule(toy: PreTrainedModel, args: TrainingArguments) -> None:
 
 def _optimize(toy: PreTrainedModel, args: TrainingArguments) -> str | None:
     """What the optimizer cannot do of what every run here does; None: it can."""
-    optimizer = _optimizer(toy, args)
+    optimizer = _stub(args).create_optimizer(toy)
     if callable(getattr(optimizer, "eval", None)):
         return "trains other weights than it would save and evaluate"
     for seed in (0, 1):
@@ -148,7 +147,7 @@ def _optimize(toy: PreTrainedModel, args: TrainingArguments) -> str | None:
     saved = io.BytesIO()
     torch.save(optimizer.state_dict(), saved)
     resumed = copy.deepcopy(toy)
-    again = _optimizer(resumed, args)
+    again = _stub(args).create_optimizer(resumed)
     saved.seek(0)
     try:
         again.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
@@ -176,18 +175,13 @@ def _elementwise(toy: PreTrainedModel, args: TrainingArguments) -> bool:
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().flatten()))
     for model in (toy, flat):
-        _update(model, _optimizer(model, args), 0)
+        _update(model, _stub(args).create_optimizer(model), 0)
     pairs = zip(toy.parameters(), flat.parameters(), strict=True)
     return all(torch.allclose(matrix.flatten(), row, rtol=0, atol=1e-2 * args.learning_rate) for matrix, row in pairs)
 
 
-def _optimizer(model: PreTrainedModel, args: TrainingArguments) -> torch.optim.Optimizer:
-    """As the Trainer makes it."""
-    return _stub(args).create_optimizer(model)
-
-
 def _stub(args: TrainingArguments) -> Trainer:
-    """A Trainer that can make optimizers and schedules, and no more."""
+    """A Trainer that can make optimizers and schedules as the real one does, and no more."""
     trainer = Trainer.__new__(Trainer)
     vars(trainer).update(args=args, model=None, optimizer=None, optimizer_cls_and_kwargs=None, lr_scheduler=None)
     return trainer

@@ -58,14 +58,13 @@ def run(recipe: Recipe, *, debug: bool = False) -> RunResult:
     """
     main = strategy.is_main()
     step = resume.finished_step(recipe)
-    if step is None:
-        with _locked(recipe.run.directory, main):
-            return _train(recipe, main, debug)
-    if damage := finished.faults(recipe):
+    damage = [] if step is None else finished.faults(recipe)
+    if damage:
         saved = resume.checkpointing.steps(recipe.run.directory / "checkpoints")
         finished.require_checkpoint(recipe, step, saved[0] if saved else None)
         if main:
             print(f"{recipe.run.directory / 'final'} is damaged ({'; '.join(damage)}): writing it again.", flush=True)
+    if step is None or damage:
         with _locked(recipe.run.directory, main):
             return _train(recipe, main, debug, ended=step)
     if main and finished.is_uploaded(recipe):
@@ -174,13 +173,16 @@ def _what_runs(recipe: Recipe, trainer: SoftpickTrainer, active: str) -> str:
     """One line on what is about to run where, so that nobody trains something else than he thinks."""
     args, model = trainer.args, trainer.model
     device = args.device.type
-    parameters = sum(compat.whole_shape(p).numel() for p in model.parameters())
     attention = compat.attention_of(model.config)
     if attention == "auto":
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         attention = f"auto ({resolve_auto(args.device, dtype, model.config.head_dim)})"
     where = active if active == "one process" else f"{active} on {args.world_size} processes"
-    parts = [f"{recipe.model.normalizer} attention by {attention}", f"{parameters / 1e6:.1f}M parameters", where]
+    parts = [
+        f"{recipe.model.normalizer} attention by {attention}",
+        f"{finalize.count(model) / 1e6:.1f}M parameters",
+        where,
+    ]
     if device == "cpu":
         threads, cores = torch.get_num_threads(), os.cpu_count() or 1
         idle = threads == 1 < cores and active == "one process"

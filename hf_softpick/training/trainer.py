@@ -24,7 +24,7 @@ from hf_softpick.training import checkpointing
 from hf_softpick.training.callbacks import StopRequest
 from hf_softpick.training.compat import HookedTrainer
 from hf_softpick.training.evaluation import token_weighted_loss
-from hf_softpick.training.flops import device_peak, flops_per_token
+from hf_softpick.training.flops import flops_per_token, peak_flops
 from hf_softpick.training.metrics import Clock, MetricsFile, memory_gib
 from hf_softpick.training.numerics import SkipGuard, poison
 from hf_softpick.training.resume import group_options
@@ -61,7 +61,8 @@ class SoftpickTrainer(HookedTrainer):
         self.clock = Clock()
         self.seq_len = len(self.train_dataset[0]["input_ids"])
         self.flops_per_token = flops_per_token(self.model, self.model.config, self.seq_len)
-        self.peak_flops = device_peak(self.args.bf16)
+        on_gpu = self.args.bf16 and torch.cuda.is_available()
+        self.peak_flops = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
         self.micro_losses: list[Tensor] = []
         self.window_loss: Tensor | float = 0.0
         self.window_updates = self.window_start_tokens = self.run_updates = 0
