@@ -231,16 +231,11 @@ def _check(staging: Path, state: dict[str, Tensor], kind: torch.dtype) -> None:
         staging, dtype="auto", output_loading_info=True, trust_remote_code=False
     )
     wrong = [f"{key}: {sorted(map(str, info[key]))[:3]}" for key in info if info[key]]
-    parameters = dict(loaded.named_parameters())
-    wrong += [
-        name
-        for name in sorted(set(parameters) ^ set(state))
-        if not (name == HEAD and loaded.config.tie_word_embeddings)
-    ]
+    parameters, tied = dict(loaded.named_parameters()), {HEAD} if loaded.config.tie_word_embeddings else set()
+    wrong += sorted((parameters.keys() ^ state.keys()) - tied)
     for name, expected in state.items():
-        if name in parameters and not (
-            parameters[name].dtype == expected.dtype and torch.equal(parameters[name], expected)
-        ):
+        found = parameters.get(name, expected)
+        if found.dtype != expected.dtype or not torch.equal(found, expected):
             wrong.append(name)
     if wrong:
         raise CheckpointError(f"the written model in {kind} is not the one that was meant: {'; '.join(wrong[:4])}.")

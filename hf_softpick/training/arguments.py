@@ -10,6 +10,7 @@ from hf_softpick.errors import RecipeError
 from hf_softpick.training.recipe import Recipe
 from hf_softpick.training.strategy import use_float32_weights
 
+# Uploading is the last step of a run (push.py), not something that happens beside training.
 HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision")
 
 
@@ -38,12 +39,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         "remove_unused_columns": False,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": recipe.eval.every if evaluates else None,
-        # A NaN loss must not be logged as 0.0.
-        "logging_nan_inf_filter": False,
-        "average_tokens_across_devices": True,
         "accelerator_config": accelerator,
-        # Uploading is the last step of a run (push.py), not something that happens beside training.
-        "push_to_hub": False,
     }
     try:
         args = TrainingArguments(**given | fixed)

@@ -1,7 +1,6 @@
 """What a model to go on from (`model.from`) must agree with: length of the rows, tokenizer, packed documents."""
 
 import logging
-from typing import Any
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,11 +22,7 @@ def apply_settings(config: PreTrainedConfig, settings: ModelSettings, seq_len: i
         ValueError: the architecture has no place for one of them, or rows of `seq_len` tokens are too long for it.
     """
     config = config.get_text_config(decoder=True)
-    changes: dict[str, Any] = {
-        name: value
-        for name in ("max_position_embeddings", "attention_dropout")
-        if (value := getattr(settings, name)) is not None
-    }
+    changes = settings.model_dump(include={"max_position_embeddings", "attention_dropout"}, exclude_none=True)
     if settings.rope_parameters is not None:
         saved = getattr(config, "rope_parameters", None)
         if not saved or "rope_type" not in saved:

@@ -1,6 +1,5 @@
 """Parameters, exactly, and memory, roughly, of the model that a recipe describes. Arithmetic on settings; no torch."""
 
-import json
 import math
 import os
 import shutil
@@ -10,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..files import read_object
 from ..modeling.normalizers import NORMALIZERS
 from .recipe import Recipe
 from .recipe_model import ModelSettings
@@ -141,10 +141,7 @@ def _is_zero3(configuration: object) -> bool:
     """Whether the recipe or the launcher asks for ZeRO-3."""
     path = configuration or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if isinstance(path, str):
-        try:
-            configuration = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
+        configuration = read_object(Path(path))
     stage = configuration.get("zero_optimization", {}) if isinstance(configuration, dict) else {}
     return isinstance(stage, dict) and stage.get("stage") == 3
 

@@ -20,7 +20,7 @@ from ..data.settings import DataSettings, Section, TokenizerSettings
 from ..errors import RecipeError
 from ..files import write_text
 from .recipe_arguments import TrainingSettings
-from .recipe_errors import find_secrets, word_error
+from .recipe_errors import fields_of, find_secrets, word_error
 from .recipe_evolution import migrate
 from .recipe_model import ModelSettings, Problem, check_model
 from .recipe_text import Document, apply_override, dotted, read_document, walk
@@ -142,9 +142,9 @@ def _unset(document: Document) -> None:
         if value is not None or len(path) != 2 or not document.place(path).startswith("override"):
             continue
         section = Recipe.model_fields[path[0]].annotation if path[0] in Recipe.model_fields else Section
-        for name, field in section.model_fields.items():
-            if (field.alias or name) == path[1] and type(None) not in get_args(field.annotation):
-                del document.data[path[0]][path[1]]
+        field = fields_of(section).get(path[1])
+        if field and type(None) not in get_args(field.annotation):
+            del document.data[path[0]][path[1]]
 
 
 def dump_recipe(recipe: Recipe, path: str | Path, notes: Sequence[str] = ()) -> None:

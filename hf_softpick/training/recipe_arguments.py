@@ -8,7 +8,8 @@ import ast
 import importlib.util
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -198,14 +199,9 @@ def annotated_type(node: ast.expr, enums: Mapping[str, ast.ClassDef] = MappingPr
         parts.append(node.right)
         node = node.left
     parts.append(node)
-    names = {part.id for part in parts if isinstance(part, ast.Name)}
-    found: Any = None
-    for part in reversed(parts):
-        if isinstance(part, ast.Name) and part.id == "str" and names & enums.keys():
-            continue
-        one = _single_type(part, enums)
-        found = one if found is None else found | one
-    return found
+    has_enum = any(isinstance(part, ast.Name) and part.id in enums for part in parts)
+    kept = (part for part in reversed(parts) if not (has_enum and ast.unparse(part) == "str"))
+    return reduce(or_, (_single_type(part, enums) for part in kept))
 
 
 def _single_type(node: ast.expr, enums: Mapping[str, ast.ClassDef]) -> Any:
@@ -251,13 +247,8 @@ def _bounded(kind: Any, bounds: tuple[Any, ...]) -> Any:
     """`kind` with the bounds on its numbers only, so that `float | None` still takes None."""
     if not bounds:
         return kind
-    if kind in (int, float):
-        return Annotated[(kind, *bounds)]
-    result: Any = None
-    for part in kind.__args__:
-        one = Annotated[(part, *bounds)] if part in (int, float) else part
-        result = one if result is None else result | one
-    return result
+    parts = (kind,) if kind in (int, float) else kind.__args__
+    return reduce(or_, (Annotated[(part, *bounds)] if part in (int, float) else part for part in parts))
 
 
 TrainingSettings = create_model("TrainingSettings", __base__=_OwnTrainingSettings, __module__=__name__, **_fields())

@@ -69,43 +69,37 @@ def _unknown(path: KeyPath, schema: Schema) -> str:
     hints = {("training",): recipe_arguments.REMOVED, ("model",): recipe_model.HINTS}.get(section, {})
     if key in hints:
         return f"is unknown: {hints[key]}"
-    known = _keys(_section(section, schema))
+    known = fields_of(_section(section, schema))
     for cutoff in (0.8, 0.55):
         close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
         if close:
             return f"is unknown; did you mean {dotted((*section, close[0]))}?"
         # A key in the wrong section is likelier than a typing mistake that is far from everything.
-        for other in _keys(schema):
-            if key in _keys(_section((other,), schema)):
+        for other in fields_of(schema):
+            if key in fields_of(_section((other,), schema)):
                 return f"is unknown here; it belongs to {other}.{key}"
     few = len(known) <= 30
     return f"is unknown; allowed: {', '.join(known) if few else 'the names of transformers.TrainingArguments'}"
 
 
-def _keys(section: Schema | None) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items()] if section else []
+def fields_of(section: Schema | None) -> dict[str, FieldInfo]:
+    """The fields of a section under the names that recipes use; {} for no section."""
+    return {field.alias or name: field for name, field in section.model_fields.items()} if section else {}
 
 
 def _field(path: KeyPath, schema: Schema) -> FieldInfo | None:
     """The field that decides what may stand at `path`: for something inside a list or mapping, that of the whole."""
     if not path:
         return None
-    section = _section(path[:-1], schema)
-    for name, field in section.model_fields.items() if section else ():
-        if (field.alias or name) == path[-1]:
-            return field
-    return _field(path[:-1], schema)
+    return fields_of(_section(path[:-1], schema)).get(path[-1]) or _field(path[:-1], schema)
 
 
 def _section(path: KeyPath, schema: Schema | None) -> Schema | None:
     """The section class that holds what stands at `path`."""
     for key in path:
-        if isinstance(key, int):
-            continue
-        field = next((f for name, f in schema.model_fields.items() if (f.alias or name) == key), None)
-        schema = _section_in(field.annotation) if field else None
-        if schema is None:
-            return None
+        if not isinstance(key, int):
+            field = fields_of(schema).get(key)
+            schema = _section_in(field.annotation) if field else None
     return schema
 
 
