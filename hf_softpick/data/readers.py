@@ -228,7 +228,13 @@ def _texts(path: Path, column: str, records: Iterator[tuple[int, Any]]) -> Itera
         if text is None:
             yield Record(number, None, "null or missing")
         elif isinstance(text, str):
-            _refuse_surrogates(path, number, text)
+            try:  # JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes
+                text.isascii() or text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{path}:{number}: the text holds \\u{ord(text[error.start]):04x}, half of a surrogate pair, "
+                    "which is no character. Remove it or export the data again."
+                ) from error
             yield Record(number, text)
         else:
             raise DataError(
@@ -237,14 +243,3 @@ def _texts(path: Path, column: str, records: Iterator[tuple[int, Any]]) -> Itera
             )
     if found is False:
         raise missing_column(str(path), column, list(record))
-
-
-def _refuse_surrogates(path: Path, number: int, text: str) -> None:
-    """JSON can escape half of a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{path}:{number}: the text holds \\u{ord(text[error.start]):04x}, half of a surrogate pair, which is no "
-            "character. Remove it or export the data again."
-        ) from error

@@ -12,15 +12,8 @@ from hf_softpick.data.redaction import redact
 from hf_softpick.errors import HubError
 
 ALLOWED = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "README.md",
+    *"config.json generation_config.json model*.safetensors model.safetensors.index.json tokenizer.json".split(),
+    *"tokenizer_config.json special_tokens_map.json chat_template.jinja README.md".split(),
     *sorted(path.name for path in Path(modeling.__path__[0]).glob("*.py")),  # what loads the weights elsewhere
 )
 

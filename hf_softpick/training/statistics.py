@@ -2,10 +2,10 @@
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from hf_softpick.analysis.statistics import ModelStatistics, measure
@@ -65,12 +65,9 @@ class StatisticsLog(TrainerCallback):
                 statistics = measure(model, self.rows)
         except ValueError as error:
             raise RecipeError(f"eval.statistics: {error} Set eval.statistics=0.") from error
-        if trainer.args.world_size > 1:
-            shared: list[Any] = [None] * trainer.args.world_size
-            dist.all_gather_object(shared, statistics)
-            statistics = shared[0]
-            for other in shared[1:]:
-                statistics.merge(other)
+        statistics, *others = gather_object([statistics])
+        for other in others:
+            statistics.merge(other)
         return statistics
 
 
