@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, prepare, print the report; returns the exit code."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     interrupted = "interrupted; nothing half-written is kept, the same command starts again"
     return exit_code(lambda: _prepare(options), options.debug, interrupted)

@@ -266,12 +266,8 @@ def _report(
         for name, target in plan.moves.items()
     ]
     generation = opened.folder / "generation_config.json"
-    files = [
-        opened.config_file,
-        *opened.store.files,
-        *tokenizer_files,
-        *([generation] if generation.is_file() else []),
-    ]
+    files = [opened.config_file, *opened.store.files, *tokenizer_files]
+    files += [generation] if generation.is_file() else []
     return {
         "schema": 1,
         "kind": "conversion",

@@ -184,11 +184,7 @@ def _ancestor(raw: dict[str, Any]) -> Settings:
         )
 
     normalizer = NORMALIZER_OF[implementation]
-    renamed = {
-        "num_heads": "num_attention_heads",
-        "norm_eps": "rms_norm_eps",
-        "window_size": "sliding_window",
-    }
+    renamed = {"num_heads": "num_attention_heads", "norm_eps": "rms_norm_eps", "window_size": "sliding_window"}
     config, mapping = {}, []
 
     def put(source: str, target: str, value: Any) -> None:
@@ -208,14 +204,8 @@ def _ancestor(raw: dict[str, Any]) -> Settings:
     put("hidden_act", "hidden_act", "silu")
     put("attn_impl", "normalizer", normalizer)
     config.update(attention_bias=False, mlp_bias=False)
-    return Settings(
-        ANCESTOR,
-        config,
-        normalizer,
-        mapping,
-        _without_effect(raw, mapping),
-        _ancestor_notes(implementation, normalizer),
-    )
+    notes = _ancestor_notes(implementation, normalizer)
+    return Settings(ANCESTOR, config, normalizer, mapping, _without_effect(raw, mapping), notes)
 
 
 def intermediate_size(values: dict[str, Any]) -> int:

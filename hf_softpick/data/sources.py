@@ -167,11 +167,7 @@ def splits_in_names(names: list[Path]) -> tuple[dict[Path, str | None], list[str
 
 
 def _files(
-    settings: SourceSettings,
-    what: str,
-    files: list[Path],
-    doubts: dict[str, list[str]] | None = None,
-    *options: str,
+    settings: SourceSettings, what: str, files: list[Path], doubts: dict[str, list[str]] | None = None, *options: str
 ) -> Source:
     is_text = all(kind_of(file) == ".txt" for file in files)
     refuse_options(settings, f"{what} of text" if is_text else what, *options, *([] if is_text else ["text_column"]))

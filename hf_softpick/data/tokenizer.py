@@ -43,11 +43,7 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> "PreTrainedTo
     tokenizer.train_from_iterator(sample_texts(sources, SAMPLE_BYTES), trainer)
     tokenizer.pre_tokenizer = words
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
     )
 
 

@@ -74,11 +74,7 @@ def read_finished(recipe: Recipe) -> dict[str, Any]:
 
 
 def write_finished(
-    recipe: Recipe,
-    step: int,
-    results: dict[str, Any],
-    final: dict[str, dict[str, Any]],
-    changes: list[dict[str, Any]],
+    recipe: Recipe, step: int, results: dict[str, Any], final: dict[str, dict[str, Any]], changes: list[dict[str, Any]]
 ) -> None:
     """The last file of a run: from now on the same command has nothing to do, but for an upload.
 
