@@ -3,13 +3,12 @@
 import json
 import os
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ..data.settings import TokenizerSettings
 from .estimates import Disk, Memory, count_parameters, count_saved_parameters, estimate_disk, estimate_memory
-from .recipe import Recipe, write_yaml
+from .recipe import Recipe, to_yaml
 from .recipe_model import GPU_ONLY, ModelSettings
 
 GIB = 2**30
@@ -22,8 +21,6 @@ def describe(recipe: Recipe) -> str:
     Reads no network and neither builds a model nor prepares data; what it cannot know without them, it says.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    text = StringIO()
-    write_yaml(recipe.resolved(), text)
     vocabulary, origin = vocabulary_size(recipe.model, recipe.tokenizer)
     if recipe.model.from_ is not None:
         parameters = count_saved_parameters(Path(recipe.model.from_))
@@ -43,7 +40,7 @@ def describe(recipe: Recipe) -> str:
     ]
     found = [f"  - {warning}" for warning in warnings(recipe, vocabulary, memory, disk)]
     summary = "\n".join(f"{name:<18}{value}" for name, value in lines)
-    return f"{text.getvalue()}\n{summary}\n\n" + (
+    return f"{to_yaml(recipe.resolved())}\n{summary}\n\n" + (
         "What looks wrong:\n" + "\n".join(found) if found else "Nothing looks wrong."
     )
 

@@ -4,13 +4,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from hf_softpick.modeling.normalizers import NORMALIZERS
-from hf_softpick.training.recipe import Recipe, write_yaml
+from hf_softpick.training.recipe import Recipe, to_yaml
 
 # Absolute, relative to a home or to a folder above: what may name a person or a machine.
 _PATH = re.compile(r"(?:file:/|~|\.{0,2}/)[^\n]*\Z")
@@ -49,8 +48,6 @@ def model_card(
         changes: settings that the recipe did not have from the first step on, as `resume.listed` makes them.
         commits: of what the recipe names on the Hub, by the recipe's key.
     """
-    recipe_text = StringIO()
-    write_yaml(without_paths(recipe.resolved()), recipe_text)
     normalizer = recipe.model.normalizer
     tags = ["softpick", f"{normalizer}-attention", "text-generation", "hf_softpick"]
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
@@ -84,7 +81,7 @@ def model_card(
             _table({**versions, **{f"commit of {key}": commit for key, commit in commits.items()}}),
             "## Recipe",
             "",
-            f"```yaml\n{recipe_text.getvalue().strip()}\n```",
+            f"```yaml\n{to_yaml(without_paths(recipe.resolved())).strip()}\n```",
             "",
             *_changed(without_paths(changes)),
         ]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -153,9 +153,7 @@ def dump_recipe(recipe: Recipe, path: str | Path, notes: Sequence[str] = ()) -> 
     Raises:
         StorageError: the file cannot be written.
     """
-    text = StringIO()
-    write_yaml(recipe.resolved(), text)
-    write_text(Path(path), "".join(f"# {note}\n" for note in notes) + text.getvalue())
+    write_text(Path(path), "".join(f"# {note}\n" for note in notes) + to_yaml(recipe.resolved()))
 
 
 class _Representer(SafeRepresenter):
@@ -170,14 +168,15 @@ class _Representer(SafeRepresenter):
 _Representer.add_representer(str, _Representer.represent_str)
 
 
-def write_yaml(values: dict[str, Any], stream: TextIO) -> None:
-    """Write plain values as YAML in the order that they have."""
-    yaml = YAML(typ="safe", pure=True)
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML, in the order that they have."""
+    text, yaml = StringIO(), YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     yaml.allow_unicode = True
-    yaml.dump(values, stream)
+    yaml.dump(values, text)
+    return text.getvalue()
 
 
 def _check(recipe: Recipe) -> Iterator[Problem]:
