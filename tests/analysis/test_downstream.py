@@ -67,10 +67,17 @@ def test_same_figures_as_the_lm_eval_command(run, tmp_path):
     ours = json.loads((run / "report" / "downstream.json").read_text())
     assert list(ours["tasks"]) == ["sciq", *OFFLINE] and list(ours["tasks"]["sciq"]) == ["error"]
 
-    lm_eval = Path(sys.executable).with_name("lm_eval")
     options = ["--include_path", TASKS, "--tasks", "offline", "--batch_size", 16, "--limit", 6]
     theirs = command(
-        *(lm_eval, "--model", "hf", "--model_args", f"pretrained={run / 'final'},trust_remote_code=True"),
+        *(
+            sys.executable,
+            "-m",
+            "lm_eval",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={run / 'final'},trust_remote_code=True",
+        ),
         *(*options, "--output_path", tmp_path / "out"),
     )
     assert theirs.returncode == 0, theirs.stderr[-3000:]

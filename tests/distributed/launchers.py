@@ -3,22 +3,28 @@
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 from training_runs import REPOSITORY, environment
-
-BIN = Path(sys.executable).parent
 
 
 def accelerate(config, *arguments):
     """`accelerate launch` with a file of recipes/accelerate, or with flags of its own."""
     flags = [config] if str(config).startswith("--") else ["--config_file", REPOSITORY / "recipes/accelerate" / config]
-    return [BIN / "accelerate", "launch", *flags, "--num_processes", "2", "--main_process_port", "0", *arguments]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*launcher, *flags, "--num_processes", "2", "--main_process_port", "0", *arguments]
 
 
 def deepspeed(*arguments):
     """`deepspeed --module hf_softpick.train`."""
-    launcher = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     return [*launcher, "--module", "hf_softpick.train", *arguments]
 
 

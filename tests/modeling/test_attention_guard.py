@@ -29,7 +29,7 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
     "qwen2": ("Qwen2ForCausalLM", {}),
-    "gemma3_text": ("Gemma3ForCausalLM", {"sliding_window": 5}),
+    "gemma3_text": ("Gemma3ForCausalLM", {"sliding_window": 5, "rope_parameters": None}),  # 5.17 takes no flat ones
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 2}),
 }

@@ -57,6 +57,10 @@ def test_transformers_exporters(backend, cache):
     """
     from transformers import exporters
 
+    if old := not hasattr(exporters, "ModelRunner"):  # 5.17
+        if backend == "onnx":
+            pytest.skip("torch.where(condition, tensor, number) does not pass the OnnxExporter of transformers 5.17")
+
     model = tiny_model()
     name = {"dynamo": "Dynamo", "onnx": "Onnx"}[backend]
     exporter = getattr(exporters, f"{name}Exporter")()
@@ -77,6 +81,8 @@ def test_transformers_exporters(backend, cache):
 
     sizes = {"max_cache_len": 16} if cache is StaticCache else {}
     exported = exporter.export(model, inputs(2, 8, **sizes), config=config)
+    if old:
+        exported = exported.module()
     with torch.no_grad():
         batch = 2 if cache is StaticCache else 3
         expected = model(**inputs(batch, 12, **sizes)).logits

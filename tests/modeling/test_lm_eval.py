@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ def test_lm_eval_scores_a_folder_where_the_package_does_not_exist(tmp_path):
     tasks.mkdir()
     (tasks / "local_choices.yaml").write_text(TASK.format(data=data))
     pretrained = f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32,max_length=64"
-    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "hf", "--model_args", pretrained]
+    command = [sys.executable, "-P", "-m", "lm_eval", "--model", "hf", "--model_args", pretrained]
     command += ["--tasks", "local_choices", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "4"]
     command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     process = subprocess.run(
