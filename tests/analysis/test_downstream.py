@@ -68,18 +68,8 @@ def test_same_figures_as_the_lm_eval_command(run, tmp_path):
     assert list(ours["tasks"]) == ["sciq", *OFFLINE] and list(ours["tasks"]["sciq"]) == ["error"]
 
     options = ["--include_path", TASKS, "--tasks", "offline", "--batch_size", 16, "--limit", 6]
-    theirs = command(
-        *(
-            sys.executable,
-            "-m",
-            "lm_eval",
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={run / 'final'},trust_remote_code=True",
-        ),
-        *(*options, "--output_path", tmp_path / "out"),
-    )
+    model = ["--model", "hf", "--model_args", f"pretrained={run / 'final'},trust_remote_code=True"]
+    theirs = command(sys.executable, "-m", "lm_eval", *model, *options, "--output_path", tmp_path / "out")
     assert theirs.returncode == 0, theirs.stderr[-3000:]
     expected = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
     assert sorted(expected["results"]) == OFFLINE

@@ -16,15 +16,8 @@ def accelerate(config, *arguments):
 
 def deepspeed(*arguments):
     """`deepspeed --module hf_softpick.train`."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    launcher += ["--master_port", str(free_port())]
     return [*launcher, "--module", "hf_softpick.train", *arguments]
 
 
