@@ -53,8 +53,9 @@ def flash_attn_forward(
             single query sees all keys, and several are aligned with the first keys (S > T: an empty static cache).
         scaling: factor of the scores, default D ** -0.5.
         sliding_window: a query sees itself and the sliding_window - 1 keys before it; a mask has that in it already.
-        position_ids: [B or 1, T]. A document begins where they do not go up by one from the token before; with a mask
-            of T = S that is not causal but for padding, at each visible position 0. Other shapes are ignored.
+        position_ids: [B or 1, T]. A document begins where they do not go up by one from the token before, nor by the
+            columns of padding between; with a mask of T = S that is not causal but for padding, at each visible
+            position 0. Other shapes are ignored.
         cu_seq_lens_q: int [documents + 1], boundaries of the documents of the only row, read instead of position_ids.
             cu_seq_lens_k must hold the same.
         kwargs: the model's other arguments.
@@ -99,7 +100,9 @@ def _documents(position_ids: Tensor, mask: Optional[Tensor], left: int) -> Visib
         is_made = (mask == causal & real[:, None, None, :]).all(-1).all(-1).all(-1, keepdim=True)
         last = torch.where(real, index, 0).cummax(-1)[0].roll(1, -1)  # column of the real token before
         position_ids, last = torch.broadcast_tensors(position_ids, last)
-        begins = real & torch.where(is_made, position_ids - position_ids.gather(1, last) != 1, position_ids == 0)
+        # Models that are told no positions count columns, padding too.
+        step = position_ids - position_ids.gather(1, last)
+        begins = real & torch.where(is_made, (step != 1) & (step != index - last), position_ids == 0)
     document = begins.cumsum(-1)
     start = torch.searchsorted(document, document)
     if mask is not None:
