@@ -147,7 +147,7 @@ class SoftpickPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["SoftpickDecoderLayer"]
     _can_record_outputs = {"hidden_states": SoftpickDecoderLayer, "attentions": SoftpickAttention}
     # Those attentions compute softmax, which the default is not; set for each model below.
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_context_parallel = False
     # Engines ask the class, before they know the normalizer: said no, they name no reason, and a softmax model could
     # not run either. A model of another normalizer refuses by name as soon as one is built for an engine.
     _supports_attention_backend = True

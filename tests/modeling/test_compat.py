@@ -30,6 +30,7 @@ DECLARED = (
     "_keep_in_fp32_modules_strict",
     "_no_split_modules",
     "_supports_attention_backend",
+    "_supports_context_parallel",
     "_supports_flash_attn",
     "_supports_flex_attn",
     "_supports_sdpa",
