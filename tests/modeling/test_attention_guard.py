@@ -225,5 +225,6 @@ def test_a_folder_without_a_normalizer_of_ours_is_left_alone(tmp_path):
     foreign("qwen2", "sdpa").save_pretrained(tmp_path)
     assert saved(tmp_path)["model_type"] == "qwen2" and not list(tmp_path.glob("*.py"))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="Unrecognized model"):  # as transformers says it
+    # As transformers says it: 5.23 the first, 5.17 the second.
+    with pytest.raises((ValueError, TypeError), match="Unrecognized model|list indices must be integers"):
         AutoConfig.from_pretrained(tmp_path)
