@@ -249,7 +249,8 @@ def test_operators_keep_the_contract_of_torch_compile(kind):
     tensors, visible, grad = operands(kind)
     tensors = [x.detach().transpose(1, 2).requires_grad_() for x in tensors]
     seen = [None, None, None, visible] if kind == "mask" else [visible.start, visible.end, visible.keys, None]
-    rest = [*seen, 0.5, "softpick", True]
+    band = [0, 0] if kind == "mask" else [visible.offset, visible.window or 0]
+    rest = [*seen, *band, 0.5, "softpick", True]
     torch.library.opcheck(attention_triton._forward, (*tensors, *rest))
     tensors = [x.detach() for x in tensors]
     out, lse = attention_triton._forward(*tensors, *rest)
