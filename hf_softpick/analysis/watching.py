@@ -76,15 +76,10 @@ def watch(
         ValueError: an attention is called with something that statistics cannot repeat; the message names it.
     """
     blocks = decoder_blocks(model)
-    current: list[int] = []
-
-    def enter(index: int) -> Callable:
-        return lambda module, arguments: current.append(index)
+    layers = {module: index for index, block in enumerate(blocks) for module in block.attention.modules()}
 
     def leave(index: int, part: str) -> Callable:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if part == "attention":
-                current.pop()
             output = output[0] if isinstance(output, (tuple, list)) else output
             if not isinstance(output, Tensor):
                 raise ValueError(
@@ -96,25 +91,26 @@ def watch(
 
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.callback(block.attention.register_forward_pre_hook(enter(index)).remove)
             for part, module in zip(PARTS, block, strict=True):
                 if module is not None:
                     stack.callback(module.register_forward_hook(leave(index, part)).remove)
         for name in {attention_of(getattr(block.attention, "config", model.config)) for block in blocks}:
-            stack.enter_context(_registered(name, lambda call: on_attention(current[-1], call), current))
+            stack.enter_context(_registered(name, on_attention, layers))
         yield blocks
 
 
 @contextlib.contextmanager
-def _registered(name: str, report: Callable[[AttentionCall], None], current: list[int]) -> Iterator[None]:
-    """Under `name`, an attention that reports and then does what it did; other models notice nothing."""
+def _registered(
+    name: str, report: Callable[[int, AttentionCall], None], layers: dict[nn.Module, int]
+) -> Iterator[None]:
+    """Under `name`, an attention that reports those of `layers` and then does what it did; others notice nothing."""
     held = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *rest, **kwargs):
-        if current:
+        if module in layers:
             if rest:
                 raise ValueError(f"{type(module).__name__} passes arguments by position, which cannot be read here.")
-            report(read_call(name, module, query, key, mask, kwargs))
+            report(layers[module], read_call(name, module, query, key, mask, kwargs))
         # transformers keeps "eager" beside each model, and not in its registry.
         function = held or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, mask, *rest, **kwargs)
@@ -123,7 +119,8 @@ def _registered(name: str, report: Callable[[AttentionCall], None], current: lis
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
+        with contextlib.suppress(KeyError):  # another thread that watches the same name has removed its own
+            del ALL_ATTENTION_FUNCTIONS[name]
         if held is not None and ALL_ATTENTION_FUNCTIONS.get(name) is not held:  # it was an override itself
             ALL_ATTENTION_FUNCTIONS[name] = held
 

@@ -101,28 +101,32 @@ def what_is_computed(module: nn.Module, name: str) -> tuple[str, str]:
     """(normalizer, implementation) that the attention registered under `name` computes for `module`.
 
     Raises:
-        ValueError: `name` says a way to compute and the model has no normalizer, or another one than `name`.
+        ValueError: `name` says a way to compute and the model has no normalizer, or another one than `name`, or lacks
+            the parameters of it.
     """
     own = getattr(getattr(module, "config", None), "normalizer", None)
-    if name not in NORMALIZERS:
-        if own is None:
-            raise ValueError(
-                f"{type(module).__name__} cannot run with attn_implementation={name!r}, which says how to compute and "
-                "not what. Use 'softpick' or another normalizer's name."
-            )
-        return own, name
-    if own is not None and own != name:
+    own = own if own in NORMALIZERS else None
+    if name not in NORMALIZERS and own is None:
+        raise ValueError(
+            f"{type(module).__name__} cannot run with attn_implementation={name!r}, which says how to compute and not "
+            "what. Use 'softpick' or another normalizer's name."
+        )
+    if name in NORMALIZERS and own not in (None, name):
         raise ValueError(
             f"{type(module).__name__} with normalizer {own!r} cannot run with attn_implementation={name!r}: the "
             "normalizer belongs to the model."
         )
-    if own is None and (parameters := NORMALIZERS[name].parameters):
+    normalizer = own or name
+    missing = [
+        parameter for parameter in NORMALIZERS[normalizer].parameters if getattr(module, parameter, None) is None
+    ]
+    if missing:
         others = ", ".join(other for other in NORMALIZERS if not NORMALIZERS[other].parameters)
         raise ValueError(
-            f"{type(module).__name__} cannot run with attn_implementation={name!r}: it has no {' '.join(parameters)}. "
-            f"Use one of {others}, or SoftpickForCausalLM with normalizer={name!r}."
+            f"{type(module).__name__} cannot run with normalizer {normalizer!r} (attn_implementation={name!r}): it "
+            f"has no {' '.join(missing)}. Use one of {others}, or SoftpickForCausalLM with normalizer={normalizer!r}."
         )
-    return name, "auto"
+    return normalizer, "auto" if name in NORMALIZERS else name
 
 
 def resolve_auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -270,7 +274,7 @@ def attention_mask_function(
         mask_function=mask_function,
         attention_mask=attention_mask,
         device=device,
-        **{**kwargs, "allow_is_causal_skip": False},
+        **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
     )
 
 

@@ -7,6 +7,7 @@ in the class.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -74,6 +75,14 @@ def decomposition(operator: Any) -> Callable:
 def assert_async(condition: Tensor, message: str) -> None:
     """Raise RuntimeError where the bool [] `condition` is false; in a compiled graph too, and without waiting."""
     torch._assert_async(condition, message)
+
+
+def sequence_is_sharded() -> bool:
+    """Whether DeepSpeed's Ulysses gives this process a part of each row."""
+    state = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    return getattr(state, "_SEQUENCE_PARALLEL_GROUP", None) is not None and (
+        state.get_sequence_parallel_world_size() > 1
+    )
 
 
 def hook(owner: type, name: str, around: Callable) -> None:
@@ -207,5 +216,6 @@ __all__ = [
     "hook",
     "is_sharded",
     "mask_parts",
+    "sequence_is_sharded",
     "whole_shape",
 ]

@@ -29,7 +29,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from .attention_interface import IMPLEMENTATIONS, REGISTERED, eager_attention_forward
 from .attention_triton import TRITON, refuse
-from .compat import attention_of
+from .compat import attention_of, sequence_is_sharded
 from .configuration_softpick import SoftpickConfig
 from .documents import read_documents
 from .normalizers import NORMALIZERS, OWN_PARAMETERS
@@ -123,7 +123,9 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         query, factor = ctx.saved_tensors
-        along = (grad * query).sum(-1, keepdim=True, dtype=factor.dtype)
+        # float16 has no exponents for products of small numbers: they are taken relative to the largest gradient.
+        largest = grad.abs().amax().clamp_min(torch.finfo(torch.float16).tiny).float()
+        along = ((grad / largest) * query).sum(-1, keepdim=True, dtype=factor.dtype) * largest
         return torch.mul(grad, factor, out=torch.empty_like(query)), along.sum_to_size(factor.shape)
 
 
@@ -342,7 +344,9 @@ class SoftpickModel(SoftpickPreTrainedModel, LlamaModel):
             sliding_window=self.config.sliding_window,
         )
         if NORMALIZERS[self.config.normalizer].scaled:
-            kwargs["document_position"] = position
+            # A shard of a row does not hold the tokens before it; positions tell of them.
+            sharded = documents is not None and sequence_is_sharded()
+            kwargs["document_position"] = documents if sharded else position
         if attention_mask is not None and padding is None:
             if implementation not in (*IMPLEMENTATIONS, "sdpa"):
                 raise ValueError(

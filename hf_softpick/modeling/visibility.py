@@ -73,8 +73,7 @@ def visible_keys(
 
     Returns:
         What each query sees; and int64 [B or 1, T], real tokens from the start of the document to the query, which is
-        n_i - 2 of the scaled normalizers. Without padding, those before the call count if the first position tells of
-        them, so that a shard of a row (DeepSpeed's Ulysses) says what the whole row does.
+        n_i - 2 of the scaled normalizers.
 
     Raises:
         ValueError: `padding_mask` is shorter than the tokens seen.
@@ -101,12 +100,9 @@ def visible_keys(
             back, reach = (x.expand(rank.shape[0], -1).gather(1, at) for x in (position_ids, query_rank))
             first = (rank < torch.where(back < 0, 0, reach - back)).sum(-1, keepdim=True)
             begins = begins & (real.cumsum(-1) > 1)
-        last = running_max(torch.where(begins, query, -1))
-        start = torch.maximum(last, first)
+        start = torch.maximum(running_max(torch.where(begins, query, 0)), first)
     if rank is None:
         position = query - start
-        if position_ids is not None:  # a shard of a row: elsewhere, its first document has tokens before the call
-            position = position + torch.where(last < 0, (back - reach).clamp_min(0), 0)
     else:
         before = rank.gather(1, start.clamp_max(rank.shape[1] - 1).expand(rank.shape[0], -1)).clamp_min(0)
         position = (query_rank - before).clamp_min(0)

@@ -239,3 +239,11 @@ def test_checkpoint_names(tmp_path):
     listed = {(one.__module__, one.__qualname__) for one in compat.checkpoint_names()}
     assert private and private <= listed
     assert compat.checkpoint_names()[0].__name__ == "_StorageInfo"
+
+
+def test_sequence_is_sharded():
+    """With two processes: tests/distributed/test_ulysses.py."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    assert not compat.sequence_is_sharded()
+    assert hasattr(parallel_state_sp, "_SEQUENCE_PARALLEL_GROUP")

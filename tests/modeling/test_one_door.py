@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_foreign import byte_tokenizer, foreign_model
-from tiny_softpick import tiny_model, tokens, without_package
+from tiny_softpick import close, tiny_model, tokens, without_package
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_softpick.analysis.downstream import evaluate_tasks, find_tasks, harness
@@ -168,3 +168,21 @@ def test_hub_code_without_the_package_passes_the_entry(tmp_path):
         assert calls == list(range(model.config.num_hidden_layers))
         torch.testing.assert_close(torch.tensor(plain), model(ids).logits.detach(), atol=1e-5, rtol=1e-5)
         assert (torch.tensor(doubled) - torch.tensor(plain)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["scaled_softpick", "tiled"])
+def test_parameters_that_a_model_lacks_are_missed(name):
+    """A configuration may name a normalizer whose parameters its model does not have: it would run without them."""
+    model = foreign_model("llama", "softpick")
+    model.config.normalizer, model.config._attn_implementation = "scaled_softpick", name
+    with pytest.raises(ValueError, match="normalizer 'scaled_softpick'.* it has no head_scale"):
+        model(tokens(1, 5))
+
+
+def test_place_in_a_document_is_the_same_however_it_is_told():
+    """Of a document whose beginning is not in the row, only what is there counts."""
+    model, ids, late = tiny_model("scaled_softpick"), tokens(1, 12), torch.arange(5, 17)[None]
+    told = [{}, {"attention_mask": torch.ones_like(ids)}, {"cu_seq_lens_q": torch.tensor([0, 12])}]
+    first, *others = [model(ids, position_ids=late, **more).logits for more in told]
+    for logits in (*others, model(ids).logits):
+        close(logits, first)

@@ -41,7 +41,7 @@ def factor(scale: Tensor) -> Tensor:
     return (scale[:, None] * torch.log(POSITION[:, None].to(scale.dtype) + 2))[..., None]
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_rounds_once(dtype, size):
     query, scale, out, grad = scaled(dtype, size)
