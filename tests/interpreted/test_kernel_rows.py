@@ -74,7 +74,7 @@ def test_invariants_of_weights(normalizer, rows, seen, order):
     exact = attention_weights(rows.double(), normalizer, mask)
     # A score has an error of 2^-23 of itself; e^x - 1 one of 2^-23, which matters where all scores are tiny.
     size = torch.where(mask, rows.abs(), 0).amax(-1, keepdim=True).double()
-    within("weights", weights, exact, 4e-6 + 5e-7 * size + 5e-7 / size.clamp_min(1e-6) * exact)
+    within("weights", weights, exact, 4e-6 + 5e-7 * size + 5e-7 / size.clamp_min(1e-7) * exact)
     assert weights.isfinite().all() and (weights >= 0).all() and (weights.sum(-1) <= 1 + 5e-7).all()
     assert (weights[~mask] == 0).all()
     assert torch.equal(weights_of(torch.where(mask, rows, -rows + 17), normalizer, mask), weights)
