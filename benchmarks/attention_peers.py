@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from attention_reference import ROOT, Attention, Unavailable
 from gpu_cases import FLEX_LENGTHS, ITEM_BYTES, Case
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -59,13 +59,30 @@ def _bounds(case: Case, device: str) -> dict[str, Tensor | int]:
 
 
 def _ours(normalizer: str, deterministic: bool, case: Case, device: str) -> Attention:
+    """Decoding by the kernel's own function; the others by the entry of transformers' registry that a model calls."""
     package, scale = our_package(), case.dim**-0.5
     if case.kind == "decode":
         return partial(package.softpick_attn_with_kvcache, scale=scale, causal=True, normalizer=normalizer)
-    options = dict(scale=scale, causal=True, deterministic=deterministic, normalizer=normalizer)
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from hf_softpick.modeling import documents, visibility
+
+    module, seen = nn.Module(), visibility.VisibleKeys()
+    module.config = SimpleNamespace(normalizer=normalizer)
     if case.kind == "packed":
-        return partial(package.softpick_attn_varlen_func, **_bounds(case, device), **options)
-    return partial(package.softpick_attn_func, **options)
+        boundaries = torch.tensor(case.boundaries, device=device)
+        begins = documents.numbered_begins(documents.boundary_numbers(boundaries, case.boundaries[-1]))
+        positions = documents.document_positions(begins)
+        seen, _ = visibility.visible_keys(positions.shape[1], positions.shape[1], device, position_ids=positions)
+    entry = ALL_ATTENTION_FUNCTIONS["triton" if deterministic else "triton_fast"]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = (x.view(-1, *x.shape[-3:]).transpose(1, 2) for x in (query, key, value))
+        return entry(module, *rows, seen, scaling=scale)[0].view(query.shape)
+
+    return attend
 
 
 def autotuned() -> dict[str, dict[str, int]]:

@@ -8,7 +8,8 @@ Sections: forward, backward (causal, T 1k to 32k, D 64 and 128), gqa (8 query he
 documents, per useful FLOP against the same rows dense and against dense rows of the documents' mean length), decode.
 softpick, softmax and rectified are modes of our one kernel, "fast" is its backward that is not deterministic. First
 everybody is compared with a float64 reference at a small size, and with it and with ours at the size that is timed:
-what is wrong is not timed. Needs torch, triton and this checkout, nothing installed; matplotlib for --plot.
+what is wrong is not timed. Needs torch, triton, transformers and this checkout; matplotlib for --plot.
+Ours is timed through the entry of transformers' registry that a model calls, but for decoding.
 Writes benchmarks/results/gpu_attention.json.
 """
 

@@ -272,6 +272,30 @@ def test_what_cannot_run_is_named(arguments, message, monkeypatch, capsys):
     assert said.err.endswith(f"{message}\n") if arguments else said.err == f"{message}\n"
 
 
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_ours_is_timed_through_the_entry_that_a_model_calls(kind, monkeypatch):
+    """Plain rows as causal, without tensors; packed ones as int32 intervals."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    import hf_softpick.modeling.attention_interface  # noqa: F401 -- registers the entries
+
+    case = next(case for case in gpu_cases.smoke_plan("float32") if case.kind == kind)
+    calls = []
+
+    def entry(module, query, key, value, seen, **options):
+        calls.append((module.config.normalizer, seen))
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "triton", entry)
+    attend = attention_peers._ours("softpick", True, case, "cpu")
+    tokens = (case.boundaries[-1],) if kind == "packed" else (case.batch, case.queries)
+    query, key = torch.randn(*tokens, case.heads, case.dim), torch.randn(*tokens, case.kv_heads, case.dim)
+    assert attend(query, key, key).shape == query.shape
+    ((normalizer, seen),) = calls
+    assert normalizer == "softpick" and (seen.start is None) == (kind == "dense")
+    assert kind == "dense" or (seen.start.dtype == torch.int32 and len(seen.start.unique()) == len(case.documents))
+
+
 def test_smoke(tmp_path):
     """Every kind of case is built, checked, timed and written; an ancestor that computes softmax is left out."""
     wrong = tmp_path / "wrong.py"
