@@ -237,9 +237,10 @@ def _fields() -> dict[str, Any]:
             bounds = (Ge(0),)
         example = [EXAMPLES[name]] if name in EXAMPLES else None
         fields[name] = (_bounded(kind, bounds or ()), Field(default=DEFAULTS.get(name), examples=example))
-    if "activation_checkpointing" not in fields:
-        _INSTALLED_NAMES["activation_checkpointing"] = "gradient_checkpointing"
-        fields["activation_checkpointing"] = (bool | None, None)
+    for name, kind in (("", bool | None), ("_kwargs", dict[str, Any] | str | None)):
+        if f"activation_checkpointing{name}" not in fields:
+            _INSTALLED_NAMES[f"activation_checkpointing{name}"] = f"gradient_checkpointing{name}"
+            fields[f"activation_checkpointing{name}"] = (kind, None)
     return fields
 
 

@@ -21,6 +21,7 @@ from hf_softpick.errors import RecipeError
 from hf_softpick.modeling.attention_triton import TRITON, refuse
 from hf_softpick.modeling.configuration_softpick import SoftpickConfig
 from hf_softpick.modeling.modeling_softpick import SoftpickForCausalLM
+from hf_softpick.training.recipe_arguments import installed_name
 from hf_softpick.training.recipe_model import SOFTMAX_ONLY, ModelSettings
 
 
@@ -92,7 +93,7 @@ def _report(args: TrainingArguments) -> None:
 
 
 def _checkpoint(args: TrainingArguments) -> None:
-    given = getattr(args, "activation_checkpointing_kwargs", None) or {}  # transformers 5.17 has another name
+    given = getattr(args, installed_name("activation_checkpointing_kwargs")) or {}
     passed_on = {name: value for name, value in given.items() if name not in ("every_n_layers", "offload")}
     inputs = torch.ones(1, 2, requires_grad=True)
     checkpoint(nn.Linear(2, 2), inputs, **{"use_reentrant": False, **passed_on}).sum().backward()

@@ -75,7 +75,9 @@ def foreign_model(family: str, attention: str | None = None, **changes) -> PreTr
 
 def save_source(folder: Path, family: str, **changes) -> None:
     """A folder to go on from: `foreign_model` with the 258 tokens of `byte_tokenizer`."""
-    foreign_model(family, vocab_size=258, **changes).save_pretrained(folder)
+    model = foreign_model(family, vocab_size=258, **changes)
+    model.generation_config.pad_token_id = None  # 5.17 saves no negative one
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 

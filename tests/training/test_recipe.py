@@ -204,7 +204,8 @@ def test_older_transformers_names(small, monkeypatch):
     from hf_softpick.training import recipe_arguments
 
     recipe = load_recipe(small, ["training.activation_checkpointing=true"])
-    assert recipe.training.arguments["activation_checkpointing"] is True
+    installed = recipe_arguments.installed_name("activation_checkpointing")
+    assert recipe.training.arguments[installed] is True
     monkeypatch.setitem(recipe_arguments._INSTALLED_NAMES, "activation_checkpointing", "gradient_checkpointing")
     assert recipe.training.arguments["gradient_checkpointing"] is True
     assert recipe.training.written["activation_checkpointing"] is True

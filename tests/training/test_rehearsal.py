@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 from hf_softpick.errors import RecipeError
 from hf_softpick.train import main
 from hf_softpick.training import rehearsal
+from hf_softpick.training.recipe_arguments import installed_name
 from hf_softpick.training.recipe_model import ModelSettings
 
 SETTINGS = ModelSettings(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -17,6 +18,7 @@ COMPILED = {OptimizerNames.ADAMW_TORCH_4BIT, OptimizerNames.ADAMW_TORCH_8BIT}
 
 
 def _arguments(**given):
+    given = {installed_name(name): value for name, value in given.items()}
     return TrainingArguments(use_cpu=True, report_to="none", learning_rate=1e-3, **given)
 
 
