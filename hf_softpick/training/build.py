@@ -80,7 +80,9 @@ def _new(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int)
     # ZeRO-3 shards while it builds and draws the weights afterwards, module by module.
     sharded, implementation = is_deepspeed_zero3_enabled(), settings.attn_implementation
     with contextlib.nullcontext() if sharded else no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
+        )
     if not sharded:
         # The same draws in the same order: a run starts from the same weights however it is distributed.
         set_seed(seed)
