@@ -90,6 +90,7 @@ def watch(
         return hook
 
     with contextlib.ExitStack() as stack:
+        stack.callback(layers.clear)  # whoever still holds our attention then passes through it unseen
         for index, block in enumerate(blocks):
             for part, module in zip(PARTS, block, strict=True):
                 if module is not None:
@@ -119,10 +120,10 @@ def _registered(
     try:
         yield
     finally:
-        with contextlib.suppress(KeyError):  # another thread that watches the same name has removed its own
+        if ALL_ATTENTION_FUNCTIONS.get(name) is watched:  # else another watch, of another thread, stands on it
             del ALL_ATTENTION_FUNCTIONS[name]
-        if held is not None and ALL_ATTENTION_FUNCTIONS.get(name) is not held:  # it was an override itself
-            ALL_ATTENTION_FUNCTIONS[name] = held
+            if held is not None and ALL_ATTENTION_FUNCTIONS.get(name) is not held:  # it was an override itself
+                ALL_ATTENTION_FUNCTIONS[name] = held
 
 
 def read_call(

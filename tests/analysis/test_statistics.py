@@ -22,6 +22,7 @@ from hf_softpick import SoftpickConfig, SoftpickForCausalLM
 from hf_softpick.analysis.attention_rows import AttentionRows
 from hf_softpick.analysis.attention_statistics import AttentionStatistics, documents_of
 from hf_softpick.analysis.statistics import ModelStatistics, measure
+from hf_softpick.analysis.watching import watch
 from hf_softpick.modeling.normalizers import NORMALIZERS
 from hf_softpick.modeling.visibility import visible_keys
 
@@ -338,6 +339,26 @@ def test_nan_is_named_by_layer_and_never_averaged_away():
     summary = measure(model, [_batch("plain")], MIN_SINK).summary()
     for name in ("sink_rate", "sparsity", "row_mass", "entropy"):
         assert summary[name] != summary[name], name
+
+
+def test_watches_that_overlap_see_their_own_model_alone():
+    """As in two threads: the one that began first ends first, and its attention stays below the other's."""
+    models, seen = [_ours("softpick"), _ours("softpick")], [[], []]
+    watches = [
+        watch(model, lambda layer, call, calls=calls: calls.append(layer), lambda *_: None)
+        for model, calls in zip(models, seen, strict=True)
+    ]
+    run = [lambda model=model: model(**_batch("plain"), use_cache=False) for model in models]
+    layers = list(range(models[0].config.num_hidden_layers))
+    for each in watches:
+        each.__enter__()
+    run[0](), run[1]()
+    watches[0].__exit__(None, None, None)
+    run[0](), run[1]()
+    assert seen == [layers, layers * 2]
+    watches[1].__exit__(None, None, None)
+    run[0](), run[1]()
+    assert seen == [layers, layers * 2]
 
 
 def _stop(*arguments):
